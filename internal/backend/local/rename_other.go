@@ -1,0 +1,5 @@
+//go:build !linux
+
+package local
+
+func renameNew(from, to string) error { return renameCheck(from, to) }

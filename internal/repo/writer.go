@@ -1,0 +1,359 @@
+package repo
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/holdfast-backup/holdfast/internal/backend"
+	"github.com/holdfast-backup/holdfast/internal/repo/crypto"
+	"github.com/holdfast-backup/holdfast/internal/repo/id"
+	"github.com/holdfast-backup/holdfast/internal/repo/index"
+	"github.com/holdfast-backup/holdfast/internal/repo/pack"
+)
+
+const (
+	// writerBuffers is how many pack buffers a Writer has: one being filled for each type of blob,
+	// and three being hashed and uploaded, which keeps a disk busy during its syncs. With packs of
+	// 16 MiB that bounds a Writer at 80 MiB; each goroutine in Save adds a chunk and its
+	// compressed and sealed forms (some MiB), and each blob in an open pack about 100 bytes.
+	writerBuffers = 5
+	// maxPackBlobs keeps a pack's header (41 bytes a blob) well below the 16 MiB that readers take.
+	maxPackBlobs = 200_000
+	// maxBlob keeps every offset and length below 4 GiB, the limit of the format, in bytes.
+	maxBlob = 1<<32 - 1<<20
+)
+
+// WriterStats counts what a Writer stored, by type of blob. Sizes are in bytes.
+type WriterStats struct {
+	NewBlobs    [2]int64
+	PlainBytes  [2]int64
+	StoredBytes [2]int64 // compressed and encrypted, with the entries in the packs' headers
+}
+
+type blobKey struct {
+	t  BlobType
+	id ID
+}
+
+// packer is the open pack of one type.
+type packer struct {
+	sem chan struct{} // a mutex that a context can interrupt
+	w   *pack.Writer  // nil: none open
+}
+
+// Writer stores blobs. It is safe for concurrent use. After an error that leaves a blob unstored,
+// all its methods return that error: nothing may refer to what it did not store.
+type Writer struct {
+	r       *Repository
+	ctx     context.Context
+	packers [2]packer
+	free    chan []byte // the pack buffers not in use; nil: not yet made
+
+	mu       sync.Mutex
+	inFlight map[blobKey]struct{} // guarded by mu: saved by this Writer, not yet in the index
+	uploads  int                  // guarded by mu
+	changed  chan struct{}        // guarded by mu: closed and renewed when an upload ends
+	err      error                // guarded by mu
+	stats    WriterStats          // guarded by mu
+}
+
+// pendingPack is a durable pack that no index file names yet.
+type pendingPack struct {
+	id    ID
+	blobs []pack.Entry
+	since time.Time
+}
+
+// NewWriter returns a Writer. ctx bounds everything it does in the background. A Writer that is
+// dropped without Flush leaves packs that no index names, which does no harm.
+func (r *Repository) NewWriter(ctx context.Context) *Writer {
+	w := &Writer{r: r, ctx: ctx, free: make(chan []byte, writerBuffers), inFlight: map[blobKey]struct{}{}, changed: make(chan struct{})}
+	for range writerBuffers {
+		w.free <- nil
+	}
+	for t := range w.packers {
+		w.packers[t].sem = make(chan struct{}, 1)
+	}
+	return w
+}
+
+// Stats tells what was stored since NewWriter, also in packs that are not yet durable.
+func (w *Writer) Stats() WriterStats {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.stats
+}
+
+func (w *Writer) fail(err error) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.err == nil {
+		w.err = err
+	}
+	return w.err
+}
+
+func (w *Writer) failed() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.err
+}
+
+// Save stores a blob unless it is there. It hashes, compresses and encrypts on the caller's goroutine,
+// and waits while too many packs are on their way; data may be changed afterwards. The blob is
+// durable only after Flush. isNew is true for one of several callers with the same content.
+// Empty blobs do not exist in the format: that is an error.
+func (w *Writer) Save(ctx context.Context, t BlobType, data []byte) (blob ID, isNew bool, err error) {
+	switch {
+	case t > TreeBlob:
+		return ID{}, false, fmt.Errorf("save a blob: unknown type %d", t)
+	case len(data) == 0:
+		return ID{}, false, fmt.Errorf("save a %v blob: it is empty, and empty blobs are never stored", t)
+	case len(data) > maxBlob:
+		return ID{}, false, fmt.Errorf("save a %v blob of %d bytes: the format's limit is 4 GiB", t, len(data))
+	}
+	if err := ctx.Err(); err != nil {
+		return ID{}, false, fmt.Errorf("save a %v blob: %w", t, context.Cause(ctx))
+	}
+	blob = id.Hash(data)
+	if w.r.Has(t, blob) {
+		return blob, false, w.failed()
+	}
+	key := blobKey{t, blob}
+	w.mu.Lock()
+	_, known := w.inFlight[key]
+	// Once more: its pack may have moved from inFlight to the index since the first look.
+	known = known || w.r.Has(t, blob)
+	err = w.err
+	if !known && err == nil {
+		w.inFlight[key] = struct{}{}
+	}
+	w.mu.Unlock()
+	if err != nil {
+		return ID{}, false, err
+	}
+	if known {
+		return blob, false, nil
+	}
+
+	// Others may rely on this blob from here on, so whatever goes wrong spoils the Writer.
+	plain := data
+	var size uint32
+	if w.r.conf.Version >= 2 {
+		buf := getBuffer(len(data) + 1024)
+		defer putBuffer(buf)
+		out, smaller, err := compressBlob((*buf)[:0], data, w.r.opts.Compression, t)
+		if err != nil {
+			return ID{}, false, w.fail(fmt.Errorf("save %v blob %s: %w", t, blob.Short(), err))
+		}
+		if smaller {
+			*buf, plain, size = out, out, uint32(len(data))
+		}
+	}
+	sealed := getBuffer(len(plain) + crypto.Overhead)
+	defer putBuffer(sealed)
+	*sealed = w.r.key.Seal((*sealed)[:0], plain)
+	if err := w.add(ctx, t, blob, *sealed, size); err != nil {
+		return ID{}, false, w.fail(fmt.Errorf("save %v blob %s: %w", t, blob.Short(), err))
+	}
+	w.mu.Lock()
+	w.stats.NewBlobs[t]++
+	w.stats.PlainBytes[t] += int64(len(data))
+	w.stats.StoredBytes[t] += int64(len(*sealed)) + pack.EntrySize(size != 0)
+	w.mu.Unlock()
+	return blob, true, nil
+}
+
+// add puts a sealed blob into the open pack of its type.
+func (w *Writer) add(ctx context.Context, t BlobType, blob ID, sealed []byte, plain uint32) error {
+	p := &w.packers[t]
+	if err := p.lock(ctx, w.ctx); err != nil {
+		return err
+	}
+	defer p.unlock()
+	// Closed before it overflows, a pack keeps to its buffer; only a giant blob outgrows it.
+	if p.w != nil && (p.w.Size()+int64(len(sealed))+41 > w.r.opts.PackSize || p.w.Count() >= maxPackBlobs) {
+		w.upload(p)
+	}
+	if p.w == nil {
+		select {
+		case buf := <-w.free:
+			if buf == nil {
+				buf = make([]byte, 0, w.r.opts.PackSize)
+			}
+			p.w = pack.NewWriter(buf)
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-w.ctx.Done():
+			return context.Cause(w.ctx)
+		}
+	}
+	p.w.Add(t, blob, sealed, plain)
+	if p.w.Size() >= w.r.opts.PackSize {
+		w.upload(p)
+	}
+	return nil
+}
+
+func (p *packer) lock(ctx, ctx2 context.Context) error {
+	select {
+	case p.sem <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	case <-ctx2.Done():
+		return context.Cause(ctx2)
+	}
+}
+
+func (p *packer) unlock() { <-p.sem }
+
+// upload takes the open pack and stores it in the background. The number of buffers bounds how many
+// do so at a time.
+func (w *Writer) upload(p *packer) {
+	pw := p.w
+	p.w = nil
+	w.mu.Lock()
+	w.uploads++
+	w.mu.Unlock()
+	go func() {
+		file, blobs := pw.Finish(w.r.key)
+		name := id.Hash(file)
+		err := w.failed()
+		if err == nil {
+			err = w.r.be.Save(w.ctx, backend.Handle{Type: backend.PackFile, Name: name.String()}, file)
+		}
+		if cap(file) > int(w.r.opts.PackSize)+1<<20 {
+			file = nil // outgrown by a giant blob
+		}
+		w.free <- file[:0:cap(file)]
+		if err != nil {
+			w.fail(fmt.Errorf("store a pack of %d blobs at %s: %w", len(blobs), w.r.be.Location(), err))
+		} else {
+			full := w.r.addPack(name, blobs)
+			w.mu.Lock()
+			for _, e := range blobs {
+				delete(w.inFlight, blobKey{e.Type, e.ID})
+			}
+			w.mu.Unlock()
+			if full {
+				if err := w.r.saveIndex(w.ctx, false); err != nil {
+					w.fail(err)
+				}
+			}
+		}
+		w.mu.Lock()
+		w.uploads--
+		close(w.changed)
+		w.changed = make(chan struct{})
+		w.mu.Unlock()
+	}()
+}
+
+// Flush returns once everything that was saved before is durable: first the packs, then the index
+// files that name them. The Writer can go on afterwards. Saves that run meanwhile may miss it.
+func (w *Writer) Flush(ctx context.Context) error {
+	for t := range w.packers {
+		p := &w.packers[t]
+		if err := p.lock(ctx, w.ctx); err != nil {
+			return w.flushError(err)
+		}
+		if p.w != nil {
+			w.upload(p)
+		}
+		p.unlock()
+	}
+	for {
+		w.mu.Lock()
+		left, changed := w.uploads, w.changed
+		w.mu.Unlock()
+		if left == 0 {
+			break
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return w.flushError(context.Cause(ctx))
+		}
+	}
+	if err := w.failed(); err != nil {
+		return w.flushError(err)
+	}
+	if err := w.r.saveIndex(ctx, true); err != nil {
+		return w.flushError(err)
+	}
+	return nil
+}
+
+func (w *Writer) flushError(err error) error {
+	// The first failure explains more than a wait that was cut short because of it.
+	if first := w.failed(); first != nil && !errors.Is(err, first) {
+		err = first
+	}
+	return fmt.Errorf("finish writing to the repository: %w", err)
+}
+
+// addPack enters a durable pack into the index in memory, and says whether it is time for an index file.
+func (r *Repository) addPack(name ID, blobs []pack.Entry) (full bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	no, _ := r.idx.Pack(name)
+	for _, e := range blobs {
+		r.idx.Add(no, e)
+	}
+	r.pending = append(r.pending, pendingPack{name, blobs, r.clock.now()})
+	r.pendingBlobs += len(blobs)
+	return r.indexDue()
+}
+
+// indexDue tells whether an index file should be written now. The caller holds r.mu.
+func (r *Repository) indexDue() bool {
+	return r.pendingBlobs >= r.indexBlobs || (len(r.pending) > 0 && r.clock.now().Sub(r.pending[0].since) >= r.indexAge)
+}
+
+// saveIndex writes index files for the packs that have none: all of them, or those that are due.
+//
+// The list belongs to the Repository and not to a Writer, since the index in memory does too: when a Writer
+// fails between a pack and its index file, the next Writer finds the pack's blobs present, so its
+// Flush must see to their index file. For the same reason it waits for one that is being written.
+func (r *Repository) saveIndex(ctx context.Context, all bool) error {
+	select {
+	case r.indexSem <- struct{}{}:
+		defer func() { <-r.indexSem }()
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	for {
+		r.mu.Lock()
+		if len(r.pending) == 0 || !(all || r.indexDue()) {
+			r.mu.Unlock()
+			return nil
+		}
+		n, blobs := 0, 0
+		for n < len(r.pending) && blobs < r.indexBlobs { // whole packs only
+			blobs += len(r.pending[n].blobs)
+			n++
+		}
+		batch := r.pending[:n:n]
+		r.mu.Unlock()
+
+		text := append(make([]byte, 0, 64+blobs*190), index.Header...)
+		for i, p := range batch {
+			if i > 0 {
+				text = append(text, ',')
+			}
+			text = index.AppendPack(text, p.id, p.blobs)
+		}
+		text = append(text, index.Footer...)
+		if _, err := r.SaveUnpacked(ctx, backend.IndexFile, text); err != nil {
+			return fmt.Errorf("store an index file at %s: %w", r.be.Location(), err)
+		}
+		r.mu.Lock()
+		r.pending = append([]pendingPack(nil), r.pending[n:]...)
+		r.pendingBlobs -= blobs
+		r.mu.Unlock()
+	}
+}
