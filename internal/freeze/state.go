@@ -1,0 +1,479 @@
+package freeze
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"sort"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-backup/holdfast/internal/ocis"
+	"github.com/holdfast-backup/holdfast/internal/progress"
+)
+
+// stateVersion is the version of the record on disk. A record of another version is not run.
+const stateVersion = 1
+
+// bootIDFile is replaced in tests.
+var bootIDFile = "/proc/sys/kernel/random/boot_id"
+
+// DefaultStateDir is where the record of a freeze is kept: $XDG_STATE_HOME/holdfast if that is set,
+// else /var/lib/holdfast for root and ~/.local/state/holdfast for others.
+//
+// Errors: no home directory.
+func DefaultStateDir() (string, error) {
+	if dir := os.Getenv("XDG_STATE_HOME"); filepath.IsAbs(dir) {
+		return filepath.Join(dir, "holdfast"), nil
+	}
+	if os.Geteuid() == 0 {
+		return "/var/lib/holdfast", nil
+	}
+	home, err := os.UserHomeDir()
+	if err != nil {
+		return "", fmt.Errorf("no place for the record of a freeze: %w; set XDG_STATE_HOME", err)
+	}
+	return filepath.Join(home, ".local", "state", "holdfast"), nil
+}
+
+// identity names a process for good: its number is used again, also after a restart of the machine.
+type identity struct {
+	PID       int    `json:"pid"`
+	Start     uint64 `json:"start"` // clock ticks after boot
+	Boot      string `json:"boot_id"`
+	Namespace string `json:"pid_namespace"`
+}
+
+func identify(pid int) (identity, error) {
+	st, err := readStat(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return identity{}, err
+	}
+	boot, ns, err := whereAmI()
+	if err != nil {
+		return identity{}, err
+	}
+	return identity{PID: pid, Start: st.start, Boot: boot, Namespace: ns}, nil
+}
+
+func whereAmI() (boot, namespace string, err error) {
+	data, err := os.ReadFile(bootIDFile)
+	if err != nil {
+		return "", "", err
+	}
+	namespace, err = os.Readlink("/proc/self/ns/pid")
+	return strings.TrimSpace(string(data)), namespace, err
+}
+
+// alive tells whether the process still runs. One of another PID namespace cannot be looked up; it
+// counts as dead, and the lock on the instance decides.
+func (id identity) alive() bool {
+	if id.PID <= 0 {
+		return false
+	}
+	boot, ns, err := whereAmI()
+	if err != nil || boot != id.Boot || ns != id.Namespace {
+		return false
+	}
+	st, err := readStat(fmt.Sprintf("/proc/%d/stat", id.PID))
+	return err == nil && st.start == id.Start && st.state != 'Z' && st.state != 'X'
+}
+
+// state is the record on disk of a freeze, from before the stop until after the start.
+type state struct {
+	Version     int           `json:"version"`
+	BasePath    string        `json:"base_path"`
+	Method      string        `json:"method"`
+	Since       time.Time     `json:"since"`
+	MaxDowntime time.Duration `json:"max_downtime"`
+	Owner       identity      `json:"owner"`
+	Guard       identity      `json:"guard"`
+	Recipe      Recipe        `json:"recipe"`
+}
+
+// stateFiles names the files of one instance.
+type stateFiles struct {
+	dir string // freeze/ below the state directory
+	key string
+}
+
+func (f stateFiles) record() string { return filepath.Join(f.dir, f.key+".json") }
+func (f stateFiles) lock() string   { return filepath.Join(f.dir, f.key+".lock") }
+func (f stateFiles) stop() string   { return filepath.Join(f.dir, f.key+".stop") }
+func (f stateFiles) log() string    { return filepath.Join(f.dir, f.key+".log") }
+
+// openState makes the directory and returns the names for the instance at base.
+func openState(stateDir, base string) (stateFiles, error) {
+	if stateDir == "" {
+		var err error
+		if stateDir, err = DefaultStateDir(); err != nil {
+			return stateFiles{}, err
+		}
+	}
+	dir, err := filepath.Abs(filepath.Join(stateDir, "freeze"))
+	if err == nil {
+		err = os.MkdirAll(dir, 0o700)
+	}
+	if err != nil {
+		return stateFiles{}, fmt.Errorf("the state directory cannot be used, so nothing was stopped: %w; set XDG_STATE_HOME to a place that can be written to", err)
+	}
+	sum := sha256.Sum256([]byte(base))
+	return stateFiles{dir: dir, key: hex.EncodeToString(sum[:8])}, nil
+}
+
+// basePath is the name by which an instance is told from others.
+func basePath(inst *ocis.Instance) (string, error) {
+	base := inst.BasePath
+	if base == "" {
+		if p := Paths(inst); len(p) > 0 {
+			base = p[0]
+		}
+	}
+	if base == "" {
+		return "", errors.New("cannot freeze: the instance has no data directory")
+	}
+	base, err := filepath.Abs(base)
+	if err != nil {
+		return "", err
+	}
+	if real, err := filepath.EvalSymlinks(base); err == nil {
+		base = real
+	}
+	return base, nil
+}
+
+// write puts the record on disk for good, or leaves what was there.
+func (f stateFiles) write(s state) error {
+	data, err := json.MarshalIndent(s, "", "  ")
+	if err != nil {
+		return err
+	}
+	tmp, err := os.CreateTemp(f.dir, f.key+".*.tmp") // mode 0600
+	if err != nil {
+		return err
+	}
+	_, err = tmp.Write(append(data, '\n'))
+	if err == nil {
+		err = tmp.Sync()
+	}
+	if cerr := tmp.Close(); err == nil {
+		err = cerr
+	}
+	if err == nil {
+		err = os.Rename(tmp.Name(), f.record())
+	}
+	if err != nil {
+		_ = os.Remove(tmp.Name())
+		return err
+	}
+	return f.sync()
+}
+
+// remove takes the record away; that it is gone already is no error.
+func (f stateFiles) remove() error {
+	err := os.Remove(f.record())
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return f.sync()
+}
+
+func (f stateFiles) sync() error {
+	d, err := os.Open(f.dir)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.Sync()
+}
+
+func readState(path string) (state, error) {
+	var s state
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return s, err
+	}
+	if err := json.Unmarshal(data, &s); err != nil {
+		return s, fmt.Errorf("the record of a freeze %s cannot be read: %w; see that the instance runs, then remove the file", path, err)
+	}
+	if s.Version != stateVersion {
+		return s, fmt.Errorf("the record of a freeze %s has version %d, this holdfast knows %d; use the holdfast that made it, or see that the instance runs and remove the file", path, s.Version, stateVersion)
+	}
+	return s, nil
+}
+
+// InUseError is returned when another Holdfast has the instance frozen, or is about to.
+type InUseError struct {
+	BasePath string
+	PID      int       // 0 if unknown
+	Since    time.Time // zero if it has not stopped the instance
+}
+
+func (e *InUseError) Error() string {
+	who := "another holdfast"
+	if e.PID != 0 {
+		who = fmt.Sprintf("another holdfast (process %d)", e.PID)
+	}
+	if e.Since.IsZero() {
+		return fmt.Sprintf("%s is at work on the instance at %s; wait for it to end", who, e.BasePath)
+	}
+	return fmt.Sprintf("%s has frozen the instance at %s since %s; wait for it to end, see holdfast status",
+		who, e.BasePath, e.Since.Local().Format(time.DateTime))
+}
+
+// instanceLock keeps other Holdfasts away from an instance. A guard inherits its files: the lock is
+// free only when both processes have closed them, so it is never unlocked but by closing.
+type instanceLock struct{ files []*os.File }
+
+// lockInstance takes the lock in the state directory, and that of the base directory itself, which
+// also keeps those away that have another state directory. Some network filesystems lock no
+// directories; then the former must do. Without files there is the latter alone.
+//
+// Errors: *InUseError.
+func lockInstance(files stateFiles, base string) (*instanceLock, error) {
+	l := &instanceLock{}
+	busy := func() error {
+		e := &InUseError{BasePath: base}
+		if s, err := readState(files.record()); err == nil {
+			e.PID, e.Since = s.Owner.PID, s.Since
+			if !s.Owner.alive() {
+				e.PID = s.Guard.PID
+			}
+		}
+		return e
+	}
+	if files.dir != "" {
+		f, err := os.OpenFile(files.lock(), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+		if err != nil {
+			return nil, fmt.Errorf("the state directory cannot be used, so nothing was stopped: %w", err)
+		}
+		l.files = append(l.files, f)
+		if err := flock(f, unix.LOCK_EX|unix.LOCK_NB); err != nil {
+			l.release()
+			if errors.Is(err, unix.EWOULDBLOCK) {
+				return nil, busy()
+			}
+			return nil, fmt.Errorf("lock %s: %w; the state directory must be on a filesystem with locks", files.lock(), err)
+		}
+	}
+	d, err := os.Open(base)
+	if err != nil {
+		return l, nil // the missing directory is for others to report
+	}
+	if err := flock(d, unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		d.Close()
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			l.release()
+			return nil, busy()
+		}
+		return l, nil
+	}
+	l.files = append(l.files, d)
+	return l, nil
+}
+
+func (l *instanceLock) release() {
+	for _, f := range l.files {
+		f.Close()
+	}
+	l.files = nil
+}
+
+// Status is one freeze that is on record.
+type Status struct {
+	BasePath    string
+	Method      string
+	Since       time.Time // when the stop began, UTC
+	MaxDowntime time.Duration
+	Owner       int // the backup's process
+	OwnerAlive  bool
+	Guard       int
+	GuardAlive  bool
+	// Err is set, and the rest may be empty, where the record cannot be read.
+	Err error
+}
+
+// ReadStatus lists the freezes on record in stateDir ("" is DefaultStateDir). One whose owner and
+// guard are both dead waits for Recover.
+//
+// Errors: a directory that cannot be read; that there is none is an empty list.
+func ReadStatus(stateDir string) ([]Status, error) {
+	records, err := listRecords(stateDir)
+	if err != nil {
+		return nil, err
+	}
+	var list []Status
+	for _, f := range records {
+		s, err := readState(f.record())
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // thawed this very moment
+		}
+		list = append(list, Status{
+			BasePath: s.BasePath, Method: s.Method, Since: s.Since, MaxDowntime: s.MaxDowntime,
+			Owner: s.Owner.PID, OwnerAlive: s.Owner.alive(),
+			Guard: s.Guard.PID, GuardAlive: s.Guard.alive(),
+			Err: err,
+		})
+	}
+	return list, nil
+}
+
+func listRecords(stateDir string) ([]stateFiles, error) {
+	if stateDir == "" {
+		var err error
+		if stateDir, err = DefaultStateDir(); err != nil {
+			return nil, err
+		}
+	}
+	dir, err := filepath.Abs(filepath.Join(stateDir, "freeze"))
+	if err != nil {
+		return nil, err
+	}
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("look for frozen instances: %w", err)
+	}
+	var list []stateFiles
+	for _, e := range entries {
+		if key, ok := strings.CutSuffix(e.Name(), ".json"); ok {
+			list = append(list, stateFiles{dir: dir, key: key})
+		}
+	}
+	sort.Slice(list, func(i, j int) bool { return list[i].key < list[j].key })
+	return list, nil
+}
+
+// Recovered is what Recover did about one freeze on record.
+type Recovered struct {
+	BasePath string
+	Method   string
+	Since    time.Time // when the stop began, UTC
+	// Busy: a living Holdfast or its guard looks after it; nothing was done.
+	Busy bool
+	PID  int // of that process
+	// Started is when the start was given, zero if it failed.
+	Started time.Time
+	Err     error // ErrNotStarted, or a record that cannot be read
+}
+
+// Recover starts the instances again whose backup and guard both died, by kill, power cut or
+// restart of the machine. It is for the beginning of every command and for holdfast thaw. Without
+// records it costs one look at a directory. stateDir "" is DefaultStateDir.
+//
+// Errors: those of the list joined; ErrNotStarted.
+func Recover(ctx context.Context, stateDir string) ([]Recovered, error) {
+	records, err := listRecords(stateDir)
+	if err != nil {
+		return nil, err
+	}
+	var list []Recovered
+	var errs []error
+	for _, f := range records {
+		r, ok := recoverOne(ctx, f)
+		if !ok {
+			continue
+		}
+		list = append(list, r)
+		if r.Err != nil {
+			errs = append(errs, r.Err)
+		}
+	}
+	return list, errors.Join(errs...)
+}
+
+func recoverOne(ctx context.Context, f stateFiles) (Recovered, bool) {
+	s, err := readState(f.record())
+	r := Recovered{BasePath: s.BasePath, Method: s.Method, Since: s.Since}
+	if errors.Is(err, fs.ErrNotExist) {
+		return r, false
+	}
+	if err != nil {
+		r.Err = err
+		return r, true
+	}
+	if s.Owner.alive() || s.Guard.alive() {
+		r.Busy, r.PID = true, s.Owner.PID
+		if !s.Owner.alive() {
+			r.PID = s.Guard.PID
+		}
+		return r, true
+	}
+	lock, err := lockInstance(f, s.BasePath)
+	var inUse *InUseError
+	if errors.As(err, &inUse) {
+		r.Busy, r.PID = true, inUse.PID
+		return r, true
+	}
+	if err != nil {
+		r.Err = err
+		return r, true
+	}
+	defer lock.release()
+	// Only now is it certain that nobody else is at it: look again.
+	if s, err = readState(f.record()); errors.Is(err, fs.ErrNotExist) {
+		return r, false
+	} else if err != nil {
+		r.Err = err
+		return r, true
+	}
+	r.Started, r.Err = recoverLocked(ctx, f, s, nil)
+	return r, true
+}
+
+// recoverLocked runs the recipe of a dead freeze; the caller holds the lock of the instance.
+func recoverLocked(ctx context.Context, f stateFiles, s state, sink progress.Sink) (time.Time, error) {
+	run := &Run{Log: f.log(), Progress: sink}
+	if boot, _, err := whereAmI(); err == nil && boot == s.Owner.Boot {
+		// What the dead ones began may still be under way.
+		awaitStop(ctx, f, s.Recipe, time.Until(s.Since.Add(s.Recipe.StopTimeout)), run)
+	}
+	started, _, err := startInstance(ctx, s.Recipe, run)
+	if err != nil {
+		err = fmt.Errorf("the instance at %s is stopped since %s, by a backup that died: %w", s.BasePath, s.Since.Local().Format(time.DateTime), err)
+	}
+	if err == nil || errors.Is(err, errNotReady) {
+		if rerr := f.remove(); rerr != nil {
+			err = errors.Join(err, fmt.Errorf("the instance was started again, but its record stays: %w", rerr))
+		}
+	}
+	return started, err
+}
+
+// awaitStop waits for a stop that somebody else began: until its commands have ended, and nobody
+// holds the data. It reports whether that came true within d.
+func awaitStop(ctx context.Context, f stateFiles, r Recipe, d time.Duration, run *Run) bool {
+	deadline := time.Now().Add(d)
+	for {
+		free := stopEnded(f.stop())
+		if free {
+			u, err := Look(ctx, r.Paths, run.Except...)
+			free = err == nil && len(u.Holders) == 0
+		}
+		if free {
+			return true
+		}
+		if !time.Now().Before(deadline) || !sleep(ctx, 50*time.Millisecond) {
+			return false
+		}
+	}
+}
+
+// stopEnded tells whether no process has the stop lock any more, which stop commands inherit.
+func stopEnded(path string) bool {
+	busy, _, err := tryLock(path)
+	return err != nil || !busy
+}
