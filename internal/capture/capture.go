@@ -1,0 +1,477 @@
+// Package capture reads one still picture of an instance into the repository: config and system data
+// as plain files, each store as tars of its entries beside the spaces as users see them. While it
+// reads it proves: every blob that metadata names must be there, with the size and the checksum that
+// the server recorded.
+//
+// Start at [Run]. The tree of a snapshot depends on the data alone: two captures of the same picture
+// give the same tree.
+package capture
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"path"
+	"path/filepath"
+	"runtime"
+	"sort"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/holdfast-backup/holdfast/internal/ocis"
+	"github.com/holdfast-backup/holdfast/internal/progress"
+	"github.com/holdfast-backup/holdfast/internal/repo"
+	"github.com/holdfast-backup/holdfast/internal/repo/id"
+	"github.com/holdfast-backup/holdfast/internal/snapshot"
+)
+
+// Repository is what capture needs of the repository.
+type Repository interface {
+	ChunkerSeed() [32]byte
+	Has(t repo.BlobType, d id.ID) bool
+	LoadBlob(ctx context.Context, t repo.BlobType, d id.ID, buf []byte) ([]byte, error)
+}
+
+// Options say what to capture. The zero value of each field is a sensible default.
+type Options struct {
+	Instance *ocis.Instance
+	// View translates a path of the instance to the place where its still picture is; nil: itself.
+	View func(path string) string
+	// Exclude names data sets to leave out.
+	Exclude map[string]bool
+	// Cache is what the last run remembered; it is replaced by Result.Cache.
+	Cache *Cache
+	// Parent is the last snapshot of the same instance, if there is one: what its trees say of
+	// blobs is used where the cache knows nothing.
+	Parent *snapshot.Snapshot
+	// FullScan reads everything again and uses nothing of the last run.
+	FullScan bool
+	// Software files to keep: place below /software -> what to read.
+	Software map[string]SoftwareFile
+	// Workers is the number of groups and files read at once; 0: twice the processors.
+	Workers  int
+	Progress progress.Sink
+	// Now is the clock; nil: time.Now.
+	Now func() time.Time
+}
+
+// SoftwareFile is a file on disk, or bytes, or a stream.
+type SoftwareFile struct {
+	Path string
+	Data []byte
+	Open func(ctx context.Context) (io.ReadCloser, error)
+}
+
+// Result is what a capture made. Root, the manifest and the README are not written yet: see Finish.
+type Result struct {
+	Manifest snapshot.Manifest
+	Stats    Stats
+	Cache    *Cache
+	root     *folder
+	c        *capturer
+}
+
+// Stats counts what was looked at.
+type Stats struct {
+	Entries   int64 // file system entries
+	Files     int64 // user files, versions and trashed files, and plain files
+	Dirs      int64
+	Bytes     int64 // bytes of all files in the snapshot
+	BytesRead int64 // bytes that were read from the source
+}
+
+// capturer is the state of one run.
+type capturer struct {
+	opts    Options
+	repo    Repository
+	target  Target
+	saver   *saver
+	slots   chan struct{}
+	started time.Time
+	trusted bool // the cache's snapshot is in the repository: its trees may be used again
+
+	entries   atomic.Int64
+	files     atomic.Int64
+	dirs      atomic.Int64
+	bytes     atomic.Int64
+	bytesRead atomic.Int64
+	// linkGroups numbers the hard-link groups of plain data.
+	linkGroups uint64
+
+	mu    sync.Mutex
+	proof snapshot.Proof
+	next  *Cache
+	known map[string]map[string]*blobRec // store name -> blob id, from the parent's trees
+	once  sync.Once
+	kErr  error
+}
+
+// Run captures everything but the manifest. The parent must be in the repository.
+func Run(ctx context.Context, r Repository, t Target, o Options) (*Result, error) {
+	if o.Workers <= 0 {
+		o.Workers = 2 * runtime.GOMAXPROCS(0)
+	}
+	if o.Now == nil {
+		o.Now = time.Now
+	}
+	if o.View == nil {
+		o.View = func(p string) string { return p }
+	}
+	if o.Cache == nil {
+		o.Cache = newCache()
+	}
+	c := &capturer{
+		opts: o, repo: r, target: t,
+		saver:   newSaver(t, r.ChunkerSeed()),
+		slots:   make(chan struct{}, o.Workers),
+		started: o.Now(),
+		next:    newCache(),
+	}
+	c.trusted = o.Parent != nil && o.Cache.Snapshot == o.Parent.ID() && !o.FullScan
+	c.proof.Missing = []snapshot.Missing{}
+	inst := o.Instance
+	m := snapshot.Manifest{
+		Product: string(inst.Product), ProductVersion: inst.Version, Setup: inst.Setup,
+		BasePath: inst.BasePath, ConfigDir: inst.ConfigDir, URL: inst.URL,
+	}
+	stop := c.report(ctx)
+	defer stop()
+	root := newFolder()
+	if err := c.plainData(ctx, root, &m); err != nil {
+		return nil, err
+	}
+	if err := c.stores(ctx, root, &m); err != nil {
+		return nil, err
+	}
+	if err := c.software(ctx, root, &m); err != nil {
+		return nil, err
+	}
+	c.judge(&m)
+	m.Proof = c.proof
+	return &Result{
+		Manifest: m, root: root, c: c, Cache: c.next,
+		Stats: Stats{
+			Entries: c.entries.Load(), Files: c.files.Load(), Dirs: c.dirs.Load(),
+			Bytes: c.bytes.Load(), BytesRead: c.bytesRead.Load(),
+		},
+	}, nil
+}
+
+// Finish writes the manifest and the README, and returns the root tree. The caller has filled in what
+// capture does not know: the version, the freeze, the views.
+func (res *Result) Finish(ctx context.Context, readme []byte) (id.ID, error) {
+	p, err := json.MarshalIndent(&res.Manifest, "", "  ")
+	if err != nil {
+		return id.ID{}, fmt.Errorf("write manifest: %w", err)
+	}
+	for name, data := range map[string][]byte{"manifest.json": append(p, '\n'), "README.md": readme} {
+		n, err := res.c.dataNode(ctx, name, data)
+		if err != nil {
+			return id.ID{}, err
+		}
+		res.root.kids[name] = n
+	}
+	n, err := res.root.save(ctx, res.c.target, "")
+	if err != nil {
+		return id.ID{}, err
+	}
+	return n.Subtree, nil
+}
+
+// dataNode saves data as a file that no source has.
+func (c *capturer) dataNode(ctx context.Context, name string, data []byte) (*snapshot.Node, error) {
+	got, err := c.saver.bytes(ctx, data)
+	if err != nil {
+		return nil, fmt.Errorf("save %s: %w", name, err)
+	}
+	return &snapshot.Node{
+		Name: name, Type: snapshot.File, Mode: 0o600, ModTime: time.Unix(0, 0).UTC(),
+		Size: uint64(got.size), Content: got.ids,
+	}, nil
+}
+
+// racy reports whether one of the entries was changed so shortly before the scan that another change
+// could bear the same time: such a group is read again the next time.
+func (c *capturer) racy(entries []entry) bool {
+	for i := range entries {
+		if c.racyTime(entries[i].ctime) {
+			return true
+		}
+	}
+	return false
+}
+
+// racyWindow is more than the granularity of the coarsest file system times in use (2 s on FAT, which
+// cannot hold a store; 1 s on old NFS servers).
+const racyWindow = time.Second
+
+func (c *capturer) racyTime(t timespec) bool {
+	limit := c.started.Add(-racyWindow)
+	return !t.before(timespec{limit.Unix(), int64(limit.Nanosecond())})
+}
+
+// hasAll reports whether the repository holds all these data blobs.
+func (c *capturer) hasAll(ids []id.ID) bool {
+	for i := range ids {
+		if !c.repo.Has(repo.DataBlob, ids[i]) {
+			return false
+		}
+	}
+	return true
+}
+
+func (c *capturer) unreadable(what string, err error) {
+	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+		return // the end of the run, not of the file
+	}
+	c.mu.Lock()
+	c.proof.Unreadable = append(c.proof.Unreadable, snapshot.Unreadable{Path: what, Error: err.Error()})
+	c.mu.Unlock()
+	c.warn("cannot read %s: %v", what, err)
+}
+
+func (c *capturer) warn(format string, args ...any) {
+	c.opts.Progress.Emit(progress.Event{Kind: progress.Warning, Phase: "capture", Message: fmt.Sprintf(format, args...)})
+}
+
+func (c *capturer) progressBytes(n int64) { c.bytesRead.Add(n) }
+
+// report emits the counters until stop is called.
+func (c *capturer) report(ctx context.Context) (stop func()) {
+	if c.opts.Progress == nil {
+		return func() {}
+	}
+	done := make(chan struct{})
+	var wg sync.WaitGroup
+	emit := func(k progress.Kind) {
+		c.opts.Progress.Emit(progress.Event{
+			Kind: k, Phase: "capture", Unit: "entries", Done: c.entries.Load(), Bytes: c.bytesRead.Load(),
+		})
+	}
+	emit(progress.Start)
+	wg.Go(func() {
+		t := time.NewTicker(250 * time.Millisecond)
+		defer t.Stop()
+		for {
+			select {
+			case <-t.C:
+				emit(progress.Update)
+			case <-done:
+				return
+			case <-ctx.Done():
+				return
+			}
+		}
+	})
+	return func() {
+		close(done)
+		wg.Wait()
+		emit(progress.Finish)
+	}
+}
+
+// nested returns the function that leaves out, below dir, what belongs to other data sets.
+func (c *capturer) nested(dir string) func(rel string) bool {
+	var below []string
+	dir = filepath.Clean(dir)
+	for _, d := range c.opts.Instance.DataSets {
+		if p := filepath.Clean(d.Path); p != dir {
+			if rel, ok := strings.CutPrefix(p, strings.TrimSuffix(dir, "/")+"/"); ok {
+				below = append(below, rel)
+			}
+		}
+	}
+	if len(below) == 0 {
+		return nil
+	}
+	sort.Strings(below)
+	return func(rel string) bool {
+		i := sort.SearchStrings(below, rel)
+		return i < len(below) && below[i] == rel
+	}
+}
+
+// judge decides whether the snapshot is complete: all four kinds of data, every blob.
+func (c *capturer) judge(m *snapshot.Manifest) {
+	p := &c.proof
+	sort.Slice(p.Missing, func(i, j int) bool {
+		a, b := &p.Missing[i], &p.Missing[j]
+		if a.Space != b.Space {
+			return a.Space < b.Space
+		}
+		if a.Path != b.Path {
+			return a.Path < b.Path
+		}
+		return a.BlobID < b.BlobID
+	})
+	sort.Slice(p.Unreadable, func(i, j int) bool { return p.Unreadable[i].Path < p.Unreadable[j].Path })
+	kinds := map[string]bool{}
+	for _, d := range m.DataSets {
+		if d.Captured {
+			kinds[d.Kind] = true
+		} else if d.Class == string(ocis.Required) {
+			p.NotCaptured = append(p.NotCaptured, d.Name)
+		}
+	}
+	want := []ocis.Kind{ocis.Config, ocis.System, ocis.Metadata}
+	if m.Setup != "s3" {
+		want = append(want, ocis.Blobs)
+	}
+	for _, k := range want {
+		if !kinds[string(k)] {
+			p.NotCaptured = append(p.NotCaptured, "all "+string(k)+" data")
+		}
+	}
+	p.Complete = len(p.Missing) == 0 && len(p.Unreadable) == 0 && len(p.NotCaptured) == 0
+}
+
+// software saves what runs the instance.
+func (c *capturer) software(ctx context.Context, root *folder, m *snapshot.Manifest) error {
+	sw := c.opts.Instance.Software
+	out := snapshot.Software{BinaryPath: sw.Binary, Image: sw.Image, ImageDigest: sw.ImageDigest}
+	f := root.sub("software")
+	for name, file := range c.opts.Software {
+		if file.Open != nil {
+			n, err := c.streamNode(ctx, name, file.Open)
+			if err != nil {
+				return fmt.Errorf("save the software (%s): %w", name, err)
+			}
+			f.put(n, "")
+			out.ImageFile = "/software/" + name
+			continue
+		}
+		if file.Path == "" {
+			n, err := c.dataNode(ctx, name, file.Data)
+			if err != nil {
+				return err
+			}
+			f.put(n, "")
+			continue
+		}
+		n, err := c.singleFile(ctx, c.opts.View(file.Path), name)
+		if err != nil {
+			return fmt.Errorf("save the software: %w", err)
+		}
+		f.put(n, "")
+		out.Binary, out.BinaryPath = "/software/"+name, file.Path
+	}
+	if out != (snapshot.Software{}) {
+		m.Software = &out
+	}
+	return nil
+}
+
+// streamNode saves what open gives as a file.
+func (c *capturer) streamNode(ctx context.Context, name string, open func(context.Context) (io.ReadCloser, error)) (*snapshot.Node, error) {
+	rd, err := open(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer rd.Close()
+	got, err := c.saver.section(ctx, rd, nil)
+	if err != nil {
+		return nil, err
+	}
+	n, err := c.dataNode(ctx, name, nil)
+	if err != nil {
+		return nil, err
+	}
+	setContent(n, got)
+	return n, nil
+}
+
+// singleFile saves one file as a node called name.
+func (c *capturer) singleFile(ctx context.Context, file, name string) (*snapshot.Node, error) {
+	r, err := openRoot(filepath.Dir(file))
+	if err != nil {
+		return nil, err
+	}
+	defer r.close()
+	e, err := r.stat(filepath.Base(file))
+	if err != nil {
+		return nil, err
+	}
+	d := newDetails(r)
+	defer d.close()
+	n, err := plainNode(d, &e, name)
+	if err != nil {
+		return nil, err
+	}
+	if e.isRegular() {
+		got, err := c.saver.path(ctx, r, &e, false)
+		if err != nil {
+			return nil, err
+		}
+		setContent(n, got)
+	}
+	c.files.Add(1)
+	c.bytes.Add(int64(n.Size))
+	return n, nil
+}
+
+// stores captures all storage roots.
+func (c *capturer) stores(ctx context.Context, root *folder, m *snapshot.Manifest) error {
+	m.Stores = []snapshot.Store{}
+	for i := range c.opts.Instance.Stores {
+		s := &c.opts.Instance.Stores[i]
+		ms := snapshot.Store{Name: s.Name, Root: s.Root, Driver: s.Driver, Layout: string(s.Layout), Prefix: s.Prefix, Spaces: []snapshot.Space{}}
+		var found bool
+		for _, d := range c.opts.Instance.DataSets {
+			if d.Store != s.Name {
+				continue
+			}
+			found = found || d.Found
+			md := manifestDataSet(&d)
+			md.Store, md.Tree, md.Captured = s.Name, "/storage/"+s.Name, d.Found
+			m.DataSets = append(m.DataSets, md)
+		}
+		if !found {
+			continue
+		}
+		sc, err := c.newStore(s)
+		if err != nil {
+			return err
+		}
+		f, err := sc.run(ctx, &ms)
+		sc.root.close()
+		if err != nil {
+			return fmt.Errorf("capture store %s (%s): %w", s.Name, s.Root, err)
+		}
+		root.sub("storage").folders[s.Name] = f
+		for i := range m.DataSets {
+			d := &m.DataSets[i]
+			switch {
+			case d.Store != s.Name || !d.Captured:
+			case d.Kind == string(ocis.Blobs):
+				d.Entries, d.Bytes = sc.blobEntries.Load(), sc.blobBytes.Load()
+			default:
+				d.Entries, d.Bytes = sc.metaEntries.Load(), sc.metaBytes.Load()
+			}
+		}
+		m.Stores = append(m.Stores, ms)
+	}
+	return nil
+}
+
+func manifestDataSet(d *ocis.DataSet) snapshot.DataSet {
+	return snapshot.DataSet{
+		Name: d.Name, Kind: string(d.Kind), Path: d.Path, ServerPath: d.ServerPath, Class: string(d.Class),
+		Filesystem: d.Filesystem, Entries: d.Entries, Bytes: d.Bytes,
+	}
+}
+
+// group of goroutines with the run's limit on how many things go on at once.
+func (c *capturer) errgroup(ctx context.Context, limit int) (*errgroup.Group, context.Context) {
+	g, gctx := errgroup.WithContext(ctx)
+	g.SetLimit(limit)
+	return g, gctx
+}
+
+// inSnapshot joins the parts of a path in the snapshot.
+func inSnapshot(parts ...string) string { return path.Join(append([]string{"/"}, parts...)...) }

@@ -1,0 +1,350 @@
+package capture
+
+import (
+	"context"
+	"crypto/sha1" //nolint:gosec // the server's own checksum, not a protection
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"io/fs"
+	"os"
+	"sync"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/holdfast-backup/holdfast/internal/repo"
+	"github.com/holdfast-backup/holdfast/internal/repo/chunk"
+	"github.com/holdfast-backup/holdfast/internal/repo/id"
+)
+
+// Target takes blobs. *repo.Writer is one.
+type Target interface {
+	Save(ctx context.Context, t repo.BlobType, data []byte) (d id.ID, isNew bool, err error)
+}
+
+// Chunk sizes in bytes. User files are cut coarsely, because one chunk is one index entry and files
+// seldom change in part. The tars are cut finely: an unchanged chunk of headers costs nothing, and
+// a changed one is little.
+var (
+	fileChunks = chunk.Params{Min: 512 << 10, Avg: 1 << 20, Max: 4 << 20}
+	tarChunks  = chunk.Params{Min: 32 << 10, Avg: 128 << 10, Max: 512 << 10}
+)
+
+// saver turns bytes into blobs. Memory: one buffer of twice the largest chunk per concurrent file,
+// from a pool.
+type saver struct {
+	target Target
+	files  *chunk.Chunker
+	tars   *chunk.Chunker
+	bufs   sync.Pool
+	small  sync.Pool
+	// zeros is the blob of the largest chunk of zeros, for holes that need not be read.
+	zeros struct {
+		once sync.Once
+		id   id.ID
+		err  error
+	}
+}
+
+const fileBuffer = 2 * 4 << 20 // bytes: two of the largest chunks, so that a cut never needs a refill
+
+// smallFile is what is read in one piece without a large buffer.
+const smallFile = 512 << 10
+
+func newSaver(t Target, seed [32]byte) *saver {
+	s := &saver{target: t, files: chunk.New(seed, fileChunks), tars: chunk.New(seed, tarChunks)}
+	s.bufs.New = func() any { b := make([]byte, fileBuffer); return &b }
+	s.small.New = func() any { b := make([]byte, smallFile+1); return &b }
+	return s
+}
+
+// content is what a file holds: the blobs in order.
+type content struct {
+	ids   []id.ID
+	size  int64
+	sha1  [sha1.Size]byte // only if it was asked for
+	holes []extent
+}
+
+// bytes saves p as a file of its own.
+func (s *saver) bytes(ctx context.Context, p []byte) (content, error) {
+	c := content{size: int64(len(p))}
+	for len(p) > 0 {
+		n := s.files.Cut(p)
+		d, _, err := s.target.Save(ctx, repo.DataBlob, p[:n])
+		if err != nil {
+			return c, err
+		}
+		c.ids = append(c.ids, d)
+		p = p[n:]
+	}
+	return c, nil
+}
+
+// readError marks what went wrong at the source, in contrast to the repository.
+type readError struct{ err error }
+
+func (e *readError) Error() string { return e.err.Error() }
+func (e *readError) Unwrap() error { return e.err }
+
+// file saves what f holds from its present position to the end.
+//
+// Errors: *readError if the source cannot be read; others come from the repository or ctx.
+func (s *saver) file(ctx context.Context, f *os.File, e *entry, wantSHA1 bool) (content, error) {
+	var c content
+	var h hash.Hash
+	if wantSHA1 {
+		h = sha1.New()
+	}
+	if e.sparse() {
+		holes, err := holesOf(f, e.size)
+		if err != nil {
+			return c, &readError{err}
+		}
+		c.holes = holes
+	}
+	pool := &s.bufs
+	if e.size <= smallFile {
+		pool = &s.small
+	}
+	bp := pool.Get().(*[]byte)
+	defer pool.Put(bp)
+	buf := *bp
+	fill, eof := 0, false
+	for {
+		if err := ctx.Err(); err != nil {
+			return c, context.Cause(ctx)
+		}
+		for fill < len(buf) && !eof {
+			n, err := f.Read(buf[fill:])
+			fill += n
+			if errors.Is(err, io.EOF) {
+				eof = true
+			} else if err != nil {
+				return c, &readError{err}
+			}
+			if pool == &s.small && fill > smallFile {
+				// The file grew: go on with room for whole chunks.
+				nb := s.bufs.Get().(*[]byte)
+				defer s.bufs.Put(nb)
+				copy(*nb, buf[:fill])
+				buf, pool = *nb, &s.bufs
+			}
+		}
+		used, err := s.cutAll(ctx, buf[:fill], eof, h, &c)
+		if err != nil {
+			return c, err
+		}
+		if eof {
+			break
+		}
+		copy(buf, buf[used:fill])
+		fill -= used
+	}
+	if h != nil {
+		h.Sum(c.sha1[:0])
+	}
+	return c, nil
+}
+
+// cutAll saves the chunks of p, several at once, and returns how many bytes they took. Without eof
+// the rest that is shorter than the largest chunk stays.
+func (s *saver) cutAll(ctx context.Context, p []byte, eof bool, h hash.Hash, c *content) (int, error) {
+	var cuts []int
+	used := 0
+	for used < len(p) && (eof || len(p)-used >= fileChunks.Max) {
+		used += s.files.Cut(p[used:])
+		cuts = append(cuts, used)
+	}
+	if len(cuts) <= 1 {
+		if h != nil {
+			h.Write(p[:used])
+		}
+		if used > 0 {
+			d, _, err := s.target.Save(ctx, repo.DataBlob, p[:used])
+			if err != nil {
+				return used, err
+			}
+			c.ids = append(c.ids, d)
+			c.size += int64(used)
+		}
+		return used, nil
+	}
+	g, gctx := errgroup.WithContext(ctx)
+	if h != nil {
+		g.Go(func() error { h.Write(p[:used]); return nil })
+	}
+	ids := make([]id.ID, len(cuts))
+	start := 0
+	for i, end := range cuts {
+		part := p[start:end]
+		g.Go(func() (err error) {
+			ids[i], _, err = s.target.Save(gctx, repo.DataBlob, part)
+			return err
+		})
+		start = end
+	}
+	if err := g.Wait(); err != nil {
+		return used, err
+	}
+	c.ids = append(c.ids, ids...)
+	c.size += int64(used)
+	return used, nil
+}
+
+// path opens and saves the regular file e.
+func (s *saver) path(ctx context.Context, r *root, e *entry, wantSHA1 bool) (content, error) {
+	if e.size > fileBuffer && e.sparse() {
+		return s.sparseFile(ctx, r, e, wantSHA1)
+	}
+	f, err := r.openFile(e.path)
+	if err != nil {
+		return content{}, &readError{err}
+	}
+	defer f.Close()
+	return s.file(ctx, f, e, wantSHA1)
+}
+
+// sparseFile saves a large file with holes without reading the holes: a file may claim terabytes.
+func (s *saver) sparseFile(ctx context.Context, r *root, e *entry, wantSHA1 bool) (content, error) {
+	f, err := r.openFile(e.path)
+	if err != nil {
+		return content{}, &readError{err}
+	}
+	defer f.Close()
+	holes, err := holesOf(f, e.size)
+	if err != nil {
+		return content{}, &readError{err}
+	}
+	big := false
+	for _, h := range holes {
+		big = big || h.len >= int64(fileChunks.Max)
+	}
+	if !big {
+		return s.file(ctx, f, e, wantSHA1)
+	}
+	c := content{holes: holes}
+	var h hash.Hash
+	if wantSHA1 {
+		h = sha1.New()
+	}
+	zero := make([]byte, fileChunks.Max)
+	at := int64(0)
+	part := func(end int64) error { // the bytes from at to end, which are read
+		if end <= at {
+			return nil
+		}
+		sec := &sectionFile{f: f, off: at, end: end}
+		pc, err := s.section(ctx, sec, h)
+		if err != nil {
+			return err
+		}
+		if pc.size != end-at {
+			return &readError{&fs.PathError{Op: "read", Path: f.Name(), Err: io.ErrUnexpectedEOF}}
+		}
+		c.ids = append(c.ids, pc.ids...)
+		c.size += pc.size
+		at = end
+		return nil
+	}
+	for _, hole := range holes {
+		whole := hole.len / int64(len(zero)) * int64(len(zero))
+		if whole == 0 {
+			continue
+		}
+		if err := part(hole.off); err != nil {
+			return c, err
+		}
+		s.zeros.once.Do(func() { s.zeros.id, _, s.zeros.err = s.target.Save(ctx, repo.DataBlob, zero) })
+		if s.zeros.err != nil {
+			return c, s.zeros.err
+		}
+		for n := int64(0); n < whole; n += int64(len(zero)) {
+			if err := ctx.Err(); err != nil {
+				return c, context.Cause(ctx)
+			}
+			c.ids = append(c.ids, s.zeros.id)
+			if h != nil {
+				h.Write(zero)
+			}
+		}
+		c.size += whole
+		at += whole
+	}
+	if err := part(e.size); err != nil {
+		return c, err
+	}
+	if h != nil {
+		h.Sum(c.sha1[:0])
+	}
+	return c, nil
+}
+
+// sectionFile reads a range of a file.
+type sectionFile struct {
+	f        *os.File
+	off, end int64
+}
+
+func (s *sectionFile) Read(p []byte) (int, error) {
+	if s.off >= s.end {
+		return 0, io.EOF
+	}
+	n, err := s.f.ReadAt(p[:min(int64(len(p)), s.end-s.off)], s.off)
+	s.off += int64(n)
+	if errors.Is(err, io.EOF) && n > 0 {
+		err = nil
+	}
+	return n, err
+}
+
+func (s *saver) section(ctx context.Context, r io.Reader, h hash.Hash) (content, error) {
+	var c content
+	bp := s.bufs.Get().(*[]byte)
+	defer s.bufs.Put(bp)
+	buf := *bp
+	fill := 0
+	for {
+		n, err := io.ReadFull(r, buf[fill:])
+		fill += n
+		eof := errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF)
+		if err != nil && !eof {
+			return c, &readError{err}
+		}
+		used, err := s.cutAll(ctx, buf[:fill], eof, h, &c)
+		if err != nil {
+			return c, err
+		}
+		if eof {
+			return c, nil
+		}
+		copy(buf, buf[used:fill])
+		fill -= used
+	}
+}
+
+// stream saves a tar group: bytes are appended to buf and cut off its front as they pile up.
+type stream struct {
+	s    *saver
+	buf  []byte
+	ids  []id.ID
+	size int64
+}
+
+// drain saves what is complete; with all it saves everything.
+func (st *stream) drain(ctx context.Context, all bool) error {
+	used := 0
+	for used < len(st.buf) && (all || len(st.buf)-used >= tarChunks.Max) {
+		n := st.s.tars.Cut(st.buf[used:])
+		d, _, err := st.s.target.Save(ctx, repo.DataBlob, st.buf[used:used+n])
+		if err != nil {
+			return fmt.Errorf("save metadata: %w", err)
+		}
+		st.ids = append(st.ids, d)
+		used += n
+	}
+	st.size += int64(used)
+	st.buf = st.buf[:copy(st.buf, st.buf[used:])]
+	return nil
+}

@@ -1,0 +1,432 @@
+package capture
+
+import (
+	"errors"
+	"io/fs"
+	"os"
+	"path"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+)
+
+// root is a directory that is read. All paths are relative to it, and no symbolic link below it is
+// ever followed: whoever can write into the store must not make a backup that runs as root read
+// files elsewhere.
+type root struct {
+	fd   int
+	path string // for messages
+}
+
+// openRoot opens dir, which may itself be reached through symbolic links.
+func openRoot(dir string) (*root, error) {
+	fd, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, &fs.PathError{Op: "open", Path: dir, Err: err}
+	}
+	return &root{fd: fd, path: dir}, nil
+}
+
+func (r *root) close() { _ = unix.Close(r.fd) }
+
+// abs returns rel as a path for messages.
+func (r *root) abs(rel string) string {
+	if rel == "" || rel == "." {
+		return r.path
+	}
+	return r.path + "/" + rel
+}
+
+// noOpenat2 is set when the kernel (before 5.6) or a seccomp filter refuses openat2.
+var noOpenat2 atomic.Bool
+
+// open opens rel below the root.
+func (r *root) open(rel string, flags int) (int, error) {
+	if rel == "" {
+		rel = "."
+	}
+	if !noOpenat2.Load() {
+		how := unix.OpenHow{
+			Flags:   uint64(flags | unix.O_CLOEXEC | unix.O_NOFOLLOW),
+			Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_MAGICLINKS,
+		}
+		for {
+			fd, err := unix.Openat2(r.fd, rel, &how)
+			switch {
+			case err == nil:
+				return fd, nil
+			case errors.Is(err, unix.EINTR), errors.Is(err, unix.EAGAIN):
+				continue // EAGAIN: a rename raced with the resolution
+			case errors.Is(err, unix.ENOSYS), errors.Is(err, unix.EPERM):
+				noOpenat2.Store(true)
+			default:
+				return -1, &fs.PathError{Op: "open", Path: r.abs(rel), Err: err}
+			}
+			break
+		}
+	}
+	return r.openStepwise(rel, flags)
+}
+
+// openStepwise is open for systems without openat2: one component at a time.
+func (r *root) openStepwise(rel string, flags int) (int, error) {
+	dir := r.fd
+	parts := strings.Split(rel, "/")
+	for i, p := range parts {
+		if p == ".." || p == "" {
+			return -1, &fs.PathError{Op: "open", Path: r.abs(rel), Err: unix.EXDEV}
+		}
+		f := unix.O_PATH | unix.O_DIRECTORY
+		if i == len(parts)-1 {
+			f = flags
+		}
+		fd, err := unix.Openat(dir, p, f|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
+		if dir != r.fd {
+			_ = unix.Close(dir)
+		}
+		if err != nil {
+			return -1, &fs.PathError{Op: "open", Path: r.abs(rel), Err: err}
+		}
+		dir = fd
+	}
+	return dir, nil
+}
+
+// openFile opens the regular file rel for reading. It refuses anything else, so that a FIFO that
+// took the place of a file cannot hang the backup.
+func (r *root) openFile(rel string) (*os.File, error) {
+	fd, err := r.open(rel, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_NOCTTY)
+	if err != nil {
+		return nil, err
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFREG {
+		_ = unix.Close(fd)
+		if err == nil {
+			err = errors.New("no regular file any more")
+		}
+		return nil, &fs.PathError{Op: "open", Path: r.abs(rel), Err: err}
+	}
+	return os.NewFile(uintptr(fd), r.abs(rel)), nil
+}
+
+// entry is one file system object below a root.
+type entry struct {
+	path  string // relative to the root; "" is the root itself
+	mode  uint32 // st_mode
+	uid   uint32
+	gid   uint32
+	nlink uint32
+	rdev  uint64
+	dev   uint64
+	ino   uint64
+	size  int64 // bytes
+	alloc int64 // bytes that the file system has allocated
+	mtime timespec
+	ctime timespec
+	// hardlink is the path of the first name of the same file, if this is another one.
+	hardlink string
+}
+
+type timespec struct {
+	sec  int64
+	nsec int64
+}
+
+func (t timespec) before(o timespec) bool {
+	return t.sec < o.sec || t.sec == o.sec && t.nsec < o.nsec
+}
+
+func (e *entry) isDir() bool     { return e.mode&unix.S_IFMT == unix.S_IFDIR }
+func (e *entry) isRegular() bool { return e.mode&unix.S_IFMT == unix.S_IFREG }
+func (e *entry) isSymlink() bool { return e.mode&unix.S_IFMT == unix.S_IFLNK }
+func (e *entry) base() string    { return path.Base(e.path) }
+
+func (e *entry) fill(st *unix.Stat_t) {
+	e.mode, e.uid, e.gid = st.Mode, st.Uid, st.Gid
+	e.nlink, e.rdev, e.dev, e.ino = uint32(st.Nlink), st.Rdev, st.Dev, st.Ino
+	e.size, e.alloc = st.Size, st.Blocks*512
+	e.mtime = timespec{st.Mtim.Sec, st.Mtim.Nsec}
+	e.ctime = timespec{st.Ctim.Sec, st.Ctim.Nsec}
+}
+
+// stat returns the entry rel.
+func (r *root) stat(rel string) (entry, error) {
+	e := entry{path: rel}
+	fd, err := r.open(rel, unix.O_PATH)
+	if err != nil {
+		return e, err
+	}
+	defer unix.Close(fd)
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return e, &fs.PathError{Op: "stat", Path: r.abs(rel), Err: err}
+	}
+	e.fill(&st)
+	return e, nil
+}
+
+// xattr is one extended attribute.
+type xattr struct {
+	name  string
+	value []byte
+}
+
+// details reads what a stat does not tell. It keeps the directory of the last entry open, because
+// neighbours are asked for one after the other. Not for concurrent use.
+type details struct {
+	r    *root
+	dir  string
+	fd   int
+	open bool
+	// noXattrs is set when the file system knows no extended attributes at all.
+	noXattrs bool
+	buf      []byte
+	names    []byte
+}
+
+func newDetails(r *root) *details {
+	return &details{r: r, buf: make([]byte, 4096), names: make([]byte, 1024)}
+}
+
+func (d *details) close() {
+	if d.open {
+		_ = unix.Close(d.fd)
+		d.open = false
+	}
+}
+
+// at returns the descriptor of the directory that holds rel, and the last name of rel.
+func (d *details) at(rel string) (int, string, error) {
+	if rel == "" {
+		return d.r.fd, ".", nil
+	}
+	dir, name := "", rel
+	if i := strings.LastIndexByte(rel, '/'); i >= 0 {
+		dir, name = rel[:i], rel[i+1:]
+	}
+	if dir == "" {
+		return d.r.fd, name, nil
+	}
+	if d.open && d.dir == dir {
+		return d.fd, name, nil
+	}
+	d.close()
+	fd, err := d.r.open(dir, unix.O_PATH|unix.O_DIRECTORY)
+	if err != nil {
+		return -1, "", err
+	}
+	d.fd, d.dir, d.open = fd, dir, true
+	return fd, name, nil
+}
+
+func (d *details) readlink(rel string) (string, error) {
+	fd, name, err := d.at(rel)
+	if err != nil {
+		return "", err
+	}
+	for {
+		n, err := unix.Readlinkat(fd, name, d.buf)
+		if err != nil {
+			return "", &fs.PathError{Op: "readlink", Path: d.r.abs(rel), Err: err}
+		}
+		if n < len(d.buf) {
+			return string(d.buf[:n]), nil
+		}
+		d.buf = make([]byte, 2*len(d.buf))
+	}
+}
+
+// readFile returns the content of the small regular file rel, valid until the next call. It reads
+// at most limit bytes; more is an error, because the file was that small a moment ago.
+func (d *details) readFile(rel string, limit int64) ([]byte, error) {
+	fd, name, err := d.at(rel)
+	if err != nil {
+		return nil, err
+	}
+	f, err := unix.Openat(fd, name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, &fs.PathError{Op: "open", Path: d.r.abs(rel), Err: err}
+	}
+	defer unix.Close(f)
+	n := 0
+	for {
+		if n == len(d.buf) {
+			if int64(n) > limit {
+				return nil, &fs.PathError{Op: "read", Path: d.r.abs(rel), Err: errGrew}
+			}
+			d.buf = append(d.buf, make([]byte, len(d.buf))...)
+		}
+		k, err := unix.Read(f, d.buf[n:])
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil {
+			return nil, &fs.PathError{Op: "read", Path: d.r.abs(rel), Err: err}
+		}
+		if k == 0 {
+			break
+		}
+		n += k
+	}
+	if int64(n) > limit {
+		return nil, &fs.PathError{Op: "read", Path: d.r.abs(rel), Err: errGrew}
+	}
+	return d.buf[:n], nil
+}
+
+var errGrew = errors.New("the file grew while it was read: something writes to the instance")
+
+// xattrs returns the extended attributes of rel, sorted by name. System attributes that the kernel
+// makes up (system.posix_acl_*) are kept, since they carry access rights.
+func (d *details) xattrs(rel string, isLink bool) ([]xattr, error) {
+	if d.noXattrs {
+		return nil, nil
+	}
+	fd, name, err := d.at(rel)
+	if err != nil {
+		return nil, err
+	}
+	// There is no listxattrat before Linux 6.13; the magic link pins the directory instead.
+	p := "/proc/self/fd/" + strconv.Itoa(fd)
+	if rel != "" {
+		p += "/" + name
+	}
+	list, get := unix.Llistxattr, unix.Lgetxattr
+	if rel == "" {
+		list, get = unix.Listxattr, unix.Getxattr
+	}
+	var n int
+	for {
+		n, err = list(p, d.names)
+		if errors.Is(err, unix.ERANGE) {
+			d.names = make([]byte, 2*len(d.names))
+			continue
+		}
+		break
+	}
+	if errors.Is(err, unix.ENOTSUP) {
+		if !isLink {
+			d.noXattrs = true
+		}
+		return nil, nil
+	}
+	if err != nil {
+		return nil, &fs.PathError{Op: "listxattr", Path: d.r.abs(rel), Err: err}
+	}
+	if n == 0 {
+		return nil, nil
+	}
+	var out []xattr
+	for _, name := range strings.Split(strings.TrimSuffix(string(d.names[:n]), "\x00"), "\x00") {
+		var v []byte
+		size := 256
+		for {
+			v = make([]byte, size)
+			n, err = get(p, name, v)
+			if errors.Is(err, unix.ERANGE) {
+				if size > 64<<10 {
+					break
+				}
+				size *= 4
+				continue
+			}
+			break
+		}
+		if errors.Is(err, unix.ENODATA) {
+			continue // removed in between, or an attribute that only shows in the list
+		}
+		if err != nil {
+			return nil, &fs.PathError{Op: "getxattr " + name, Path: d.r.abs(rel), Err: err}
+		}
+		out = append(out, xattr{name, v[:n]})
+	}
+	sortXattrs(out)
+	return out, nil
+}
+
+func sortXattrs(x []xattr) {
+	for i := 1; i < len(x); i++ { // a handful, nearly sorted
+		for k := i; k > 0 && x[k].name < x[k-1].name; k-- {
+			x[k], x[k-1] = x[k-1], x[k]
+		}
+	}
+}
+
+// extent is a run of bytes.
+type extent struct{ off, len int64 }
+
+// holesOf returns the holes of an open file of size bytes.
+func holesOf(f *os.File, size int64) ([]extent, error) {
+	var holes []extent
+	fd := int(f.Fd())
+	for off := int64(0); off < size; {
+		data, err := unix.Seek(fd, off, unix.SEEK_DATA)
+		if errors.Is(err, unix.ENXIO) {
+			data = size
+		} else if errors.Is(err, unix.EINVAL) {
+			return nil, nil // the file system does not tell
+		} else if err != nil {
+			return nil, &fs.PathError{Op: "seek", Path: f.Name(), Err: err}
+		}
+		data = min(data, size)
+		if data > off {
+			holes = append(holes, extent{off, data - off})
+		}
+		if data >= size {
+			break
+		}
+		hole, err := unix.Seek(fd, data, unix.SEEK_HOLE)
+		if err != nil {
+			return nil, &fs.PathError{Op: "seek", Path: f.Name(), Err: err}
+		}
+		off = hole
+	}
+	_, err := unix.Seek(fd, 0, 0)
+	return holes, err
+}
+
+// formatHoles writes holes as "offset:length,...".
+func formatHoles(holes []extent) string {
+	var b []byte
+	for i, h := range holes {
+		if i > 0 {
+			b = append(b, ',')
+		}
+		b = strconv.AppendInt(b, h.off, 10)
+		b = append(b, ':')
+		b = strconv.AppendInt(b, h.len, 10)
+	}
+	return string(b)
+}
+
+// sparse reports whether e may have holes: fewer bytes allocated than its size. File systems that
+// compress look the same, so the holes themselves are asked for afterwards.
+func (e *entry) sparse() bool { return e.isRegular() && e.size > 0 && e.alloc < e.size }
+
+// hardlinks finds further names of files within one data set or one tar.
+type hardlinks struct {
+	mu    sync.Mutex
+	first map[[2]uint64]string
+}
+
+// see returns the first name of the file e, or "" if e is the first.
+func (h *hardlinks) see(e *entry) string {
+	if e.nlink < 2 || e.isDir() {
+		return ""
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.first == nil {
+		h.first = map[[2]uint64]string{}
+	}
+	k := [2]uint64{e.dev, e.ino}
+	if p, ok := h.first[k]; ok {
+		return p
+	}
+	h.first[k] = e.path
+	return ""
+}

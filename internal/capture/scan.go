@@ -1,0 +1,277 @@
+package capture
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"io/fs"
+	"sort"
+	"strings"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// scanner walks a directory tree. Its consumer sees the entries in one order (depth first, names
+// sorted, a directory before what is in it) while several goroutines list directories ahead of it.
+type scanner struct {
+	r *root
+	// skip leaves out an entry and all below it.
+	skip func(rel string) bool
+	// unreadable is told of directories and entries that cannot be read; the scan goes on.
+	unreadable func(rel string, err error)
+	workers    int
+}
+
+// scanAhead bounds the entries that are listed but not consumed: about 200 bytes each, 13 MB.
+const scanAhead = 64 << 10
+
+// inlineEntries: a directory with at most so many entries is listed together with what is below it,
+// since a job of its own costs more than the listing. Shard directories have one or two entries.
+const inlineEntries = 4
+
+// scanJob lists one directory.
+type scanJob struct {
+	rel   string
+	state int8 // 0 waiting, 1 being listed, 2 listed
+	items []scanItem
+	size  int // entries below items
+	done  chan struct{}
+}
+
+// scanItem is an entry, and for a directory that was not listed along with it the job for the rest.
+type scanItem struct {
+	entry
+	job *scanJob
+}
+
+type scanState struct {
+	sc      *scanner
+	mu      sync.Mutex
+	cond    *sync.Cond
+	stack   []*scanJob // the next in order is the last
+	ahead   int
+	stopped bool
+	ctx     context.Context
+}
+
+// walk calls fn for rel itself and for each entry below it, in order.
+func (sc *scanner) walk(ctx context.Context, rel string, fn func(*entry) error) error {
+	e, err := sc.r.stat(rel)
+	if err != nil {
+		return err
+	}
+	if err := fn(&e); err != nil || !e.isDir() {
+		return err
+	}
+	s := &scanState{sc: sc, ctx: ctx}
+	s.cond = sync.NewCond(&s.mu)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer s.stop()
+	for range max(sc.workers, 1) {
+		wg.Go(s.work)
+	}
+	stopWatch := context.AfterFunc(ctx, s.stop)
+	defer stopWatch()
+	first := &scanJob{rel: rel, done: make(chan struct{})}
+	return s.consume(first, fn)
+}
+
+func (s *scanState) stop() {
+	s.mu.Lock()
+	s.stopped = true
+	s.cond.Broadcast()
+	s.mu.Unlock()
+}
+
+// work lists directories ahead of the consumer.
+func (s *scanState) work() {
+	l := newLister(s.sc)
+	for {
+		s.mu.Lock()
+		for !s.stopped && (len(s.stack) == 0 || s.ahead > scanAhead) {
+			s.cond.Wait()
+		}
+		if s.stopped {
+			s.mu.Unlock()
+			return
+		}
+		j := s.stack[len(s.stack)-1]
+		s.stack = s.stack[:len(s.stack)-1]
+		if j.state != 0 {
+			s.mu.Unlock()
+			continue
+		}
+		j.state = 1
+		s.mu.Unlock()
+		s.list(l, j)
+	}
+}
+
+// list fills j and queues what is below it.
+func (s *scanState) list(l *lister, j *scanJob) {
+	l.list(j.rel, &j.items)
+	s.mu.Lock()
+	j.state = 2
+	j.size = len(j.items)
+	s.ahead += j.size
+	for i := len(j.items) - 1; i >= 0; i-- {
+		if c := j.items[i].job; c != nil {
+			s.stack = append(s.stack, c)
+		}
+	}
+	s.cond.Broadcast()
+	s.mu.Unlock()
+	close(j.done)
+}
+
+func (s *scanState) consume(j *scanJob, fn func(*entry) error) error {
+	s.mu.Lock()
+	if j.state == 0 { // nobody has begun: waiting for a worker that waits for us would be for ever
+		j.state = 1
+		s.mu.Unlock()
+		s.list(newLister(s.sc), j)
+	} else {
+		s.mu.Unlock()
+		<-j.done
+	}
+	if err := s.ctx.Err(); err != nil {
+		return context.Cause(s.ctx)
+	}
+	for i := range j.items {
+		it := &j.items[i]
+		if err := fn(&it.entry); err != nil {
+			return err
+		}
+		if it.job != nil {
+			if err := s.consume(it.job, fn); err != nil {
+				return err
+			}
+			it.job = nil
+		}
+	}
+	s.mu.Lock()
+	s.ahead -= j.size
+	s.cond.Broadcast()
+	s.mu.Unlock()
+	j.items = nil
+	return nil
+}
+
+// lister reads directories with getdents and fstatat relative to the directory.
+type lister struct {
+	sc    *scanner
+	buf   []byte
+	names []string
+}
+
+func newLister(sc *scanner) *lister { return &lister{sc: sc, buf: make([]byte, 32<<10)} }
+
+// list appends the entries of the directory rel, in order.
+func (l *lister) list(rel string, out *[]scanItem) {
+	fd, err := l.sc.r.open(rel, unix.O_RDONLY|unix.O_DIRECTORY)
+	if err != nil {
+		l.sc.unreadable(rel, err)
+		return
+	}
+	names, err := l.readNames(fd)
+	if err != nil {
+		l.sc.unreadable(rel, &fs.PathError{Op: "read directory", Path: l.sc.r.abs(rel), Err: err})
+	}
+	sort.Strings(names)
+	prefix := rel
+	if prefix != "" {
+		prefix += "/"
+	}
+	found := make([]scanItem, 0, len(names))
+	var st unix.Stat_t
+	for _, name := range names {
+		p := prefix + name
+		if l.sc.skip != nil && l.sc.skip(p) {
+			continue
+		}
+		if err := unix.Fstatat(fd, name, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+			if !errors.Is(err, unix.ENOENT) {
+				l.sc.unreadable(p, &fs.PathError{Op: "stat", Path: l.sc.r.abs(p), Err: err})
+			}
+			continue // gone in between: it is not part of the picture
+		}
+		found = append(found, scanItem{entry: entry{path: p}})
+		found[len(found)-1].fill(&st)
+	}
+	// Closed before going down: a chain of a thousand directories must not hold as many descriptors.
+	_ = unix.Close(fd)
+	if len(found) > inlineEntries {
+		for i := range found {
+			if found[i].isDir() {
+				found[i].job = &scanJob{rel: found[i].path, done: make(chan struct{})}
+			}
+		}
+		*out = append(*out, found...)
+		return
+	}
+	for i := range found {
+		*out = append(*out, found[i])
+		if found[i].isDir() {
+			l.list(found[i].path, out)
+		}
+	}
+}
+
+// readNames returns the names in the directory fd; the slice is valid until the next call.
+func (l *lister) readNames(fd int) ([]string, error) {
+	l.names = l.names[:0]
+	for {
+		n, err := unix.Getdents(fd, l.buf)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil {
+			return l.names, err
+		}
+		if n == 0 {
+			return l.names, nil
+		}
+		for b := l.buf[:n]; len(b) > 0; {
+			// struct linux_dirent64: ino 8, off 8, reclen 2, type 1, name
+			reclen := binary.NativeEndian.Uint16(b[16:])
+			name := b[19:reclen]
+			if i := bytes.IndexByte(name, 0); i >= 0 {
+				name = name[:i]
+			}
+			if s := string(name); s != "." && s != ".." {
+				l.names = append(l.names, s)
+			}
+			b = b[reclen:]
+		}
+	}
+}
+
+// comparePaths orders paths as walk does: component by component, so that a directory stands
+// right before what is in it.
+func comparePaths(a, b string) int {
+	for {
+		i, j := strings.IndexByte(a, '/'), strings.IndexByte(b, '/')
+		x, y := a, b
+		if i >= 0 {
+			x = a[:i]
+		}
+		if j >= 0 {
+			y = b[:j]
+		}
+		if x != y {
+			return strings.Compare(x, y)
+		}
+		switch {
+		case i < 0 && j < 0:
+			return 0
+		case i < 0:
+			return -1
+		case j < 0:
+			return 1
+		}
+		a, b = a[i+1:], b[j+1:]
+	}
+}
