@@ -128,11 +128,11 @@ func Run(ctx context.Context, r Repository, t Target, o Options) (*Result, error
 	}
 	c := &capturer{
 		opts: o, repo: r, target: t,
-		saver:   newSaver(t, r.ChunkerSeed()),
 		slots:   make(chan struct{}, o.Workers),
 		started: o.Now(),
 		next:    newCache(),
 	}
+	c.saver = newSaver(t, r.ChunkerSeed(), &c.bytesRead)
 	c.trusted = o.Parent != nil && o.Cache.Snapshot == o.Parent.ID() && !o.FullScan
 	c.proof.Missing = []snapshot.Missing{}
 	inst := o.Instance
@@ -239,8 +239,6 @@ func (c *capturer) unreadable(what string, err error) {
 func (c *capturer) warn(format string, args ...any) {
 	c.opts.Progress.Emit(progress.Event{Kind: progress.Warning, Phase: "capture", Message: fmt.Sprintf(format, args...)})
 }
-
-func (c *capturer) progressBytes(n int64) { c.bytesRead.Add(n) }
 
 // report emits the counters until stop is called.
 func (c *capturer) report(ctx context.Context) (stop func()) {

@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sync/errgroup"
 
@@ -37,8 +38,10 @@ type saver struct {
 	target Target
 	files  *chunk.Chunker
 	tars   *chunk.Chunker
-	bufs   sync.Pool
-	small  sync.Pool
+	// read counts the bytes that came from the source.
+	read  *atomic.Int64
+	bufs  sync.Pool
+	small sync.Pool
 	// zeros is the blob of the largest chunk of zeros, for holes that need not be read.
 	zeros struct {
 		once sync.Once
@@ -52,8 +55,8 @@ const fileBuffer = 2 * 4 << 20 // bytes: two of the largest chunks, so that a cu
 // smallFile is what is read in one piece without a large buffer.
 const smallFile = 512 << 10
 
-func newSaver(t Target, seed [32]byte) *saver {
-	s := &saver{target: t, files: chunk.New(seed, fileChunks), tars: chunk.New(seed, tarChunks)}
+func newSaver(t Target, seed [32]byte, read *atomic.Int64) *saver {
+	s := &saver{target: t, read: read, files: chunk.New(seed, fileChunks), tars: chunk.New(seed, tarChunks)}
 	s.bufs.New = func() any { b := make([]byte, fileBuffer); return &b }
 	s.small.New = func() any { b := make([]byte, smallFile+1); return &b }
 	return s
@@ -119,6 +122,7 @@ func (s *saver) file(ctx context.Context, f *os.File, e *entry, wantSHA1 bool) (
 		for fill < len(buf) && !eof {
 			n, err := f.Read(buf[fill:])
 			fill += n
+			s.read.Add(int64(n))
 			if errors.Is(err, io.EOF) {
 				eof = true
 			} else if err != nil {
@@ -308,6 +312,7 @@ func (s *saver) section(ctx context.Context, r io.Reader, h hash.Hash) (content,
 	for {
 		n, err := io.ReadFull(r, buf[fill:])
 		fill += n
+		s.read.Add(int64(n))
 		eof := errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF)
 		if err != nil && !eof {
 			return c, &readError{err}

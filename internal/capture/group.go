@@ -289,7 +289,6 @@ func (w *tarWorker) entry(ctx context.Context, e *entry) error {
 			if err != nil {
 				return err
 			}
-			w.c.progressBytes(e.size)
 			break
 		}
 		if e.size > 0 {
@@ -304,7 +303,7 @@ func (w *tarWorker) entry(ctx context.Context, e *entry) error {
 		}
 		te.inline = int64(len(data))
 		e.size = te.inline
-		w.c.progressBytes(te.inline)
+		w.c.bytesRead.Add(te.inline)
 	}
 	if te.content == "" && e.hardlink == "" {
 		w.h.see(e, te.link, data, te.xattrs, &w.rec)

@@ -45,19 +45,24 @@ func newTinyStore(t *testing.T) *tinyStore {
 	}
 	s.write("data/idm/idm.boltdb", "identities")
 	s.write("config/opencloud.yaml", "a: b\n")
-	s.inst = instanceOf(s.dir, "opencloud-posix")
-	for i := range s.inst.DataSets {
-		s.inst.DataSets[i].Found = true
-	}
-	s.inst.DataSets = slices.DeleteFunc(s.inst.DataSets, func(d ocis.DataSet) bool {
-		return slices.Contains([]string{"nats", "proxy", "search", "ocm"}, d.Name)
-	})
+	s.inst = tinyInstance(s.dir)
 	s.node(spaceID, true, "user.oc.id", spaceID, "user.oc.name", "Tiny", "user.oc.space.id", spaceID,
 		"user.oc.space.name", "Tiny", "user.oc.space.alias", "project/tiny", "user.oc.space.type", "project")
 	s.node(folderID, true, "user.oc.type", "2", "user.oc.name", "folder", "user.oc.parentid", spaceID)
 	s.link(spaceID, "folder", folderID)
 	s.file(fileID, folderID, "file.txt", blobID, "hello world\n")
 	return s
+}
+
+func tinyInstance(dir string) *ocis.Instance {
+	inst := instanceOf(dir, "opencloud-posix")
+	for i := range inst.DataSets {
+		inst.DataSets[i].Found = true
+	}
+	inst.DataSets = slices.DeleteFunc(inst.DataSets, func(d ocis.DataSet) bool {
+		return slices.Contains([]string{"nats", "proxy", "search", "ocm"}, d.Name)
+	})
+	return inst
 }
 
 func (s *tinyStore) path(rel string) string { return filepath.Join(s.dir, rel) }

@@ -170,7 +170,6 @@ func (c *capturer) plainSet(ctx context.Context, d *ocis.DataSet, name string) (
 				return err
 			}
 			setContent(n, got)
-			c.progressBytes(got.size)
 			if !c.racyTime(e.ctime) && got.size == e.size {
 				c.mu.Lock()
 				next.files[e.path] = &cachedFile{size: e.size, mtime: e.mtime, ctime: e.ctime, holes: got.holes, ids: got.ids}

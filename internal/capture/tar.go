@@ -99,7 +99,11 @@ func (w *tarWriter) add(e *tarEntry) {
 			w.record(paxType, "socket")
 		}
 		for i := range e.xattrs {
-			w.record(paxXattr+e.xattrs[i].name, string(e.xattrs[i].value))
+			name := e.xattrs[i].name
+			if strings.ContainsAny(name, "%=") { // as GNU tar: an equals sign would end the key
+				name = strings.NewReplacer("%", "%25", "=", "%3D").Replace(name)
+			}
+			w.record(paxXattr+name, string(e.xattrs[i].value))
 		}
 	}
 	if len(w.pax) > 0 {

@@ -371,6 +371,11 @@ func (b *builder) addFile(f fileSet, v value) error {
 	if err != nil {
 		return p.err("cannot be read: "+withoutPath(err).Error(), "Run holdfast as root, or as the user who owns the instance.")
 	}
+	if strings.HasPrefix(f.name, "idm-") && !found {
+		if _, used := b.classOf(dirSets[0]); !used {
+			return nil
+		}
+	}
 	if !found {
 		if !f.made && f.class != ocis.Optional {
 			return p.err("does not exist", b.mapHint(p))

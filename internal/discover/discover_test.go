@@ -4,10 +4,12 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -176,15 +178,34 @@ func hasWarning(in *ocis.Instance, part string) bool {
 	return slices.ContainsFunc(in.Warnings, func(w string) bool { return strings.Contains(w, part) })
 }
 
-func TestFixtures(t *testing.T) {
-	unpacked := map[string]string{}
-	for _, n := range testfixture.Names() {
-		dir, err := filepath.EvalSymlinks(testfixture.Unpack(t, n))
-		if err != nil {
-			t.Fatal(err)
-		}
-		unpacked[n] = dir
+// shared holds the sample instances for all tests: unpacking them takes longer than the tests.
+var shared string
+
+func TestMain(m *testing.M) {
+	dir, err := os.MkdirTemp("", "discover-test-")
+	if err == nil {
+		shared, err = filepath.EvalSymlinks(dir)
 	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	code := m.Run()
+	os.RemoveAll(dir)
+	os.Exit(code)
+}
+
+// fixture is a sample instance; whoever changes it puts it back.
+func fixture(t *testing.T, name string) string {
+	t.Helper()
+	dir := filepath.Join(shared, name)
+	if _, err := os.Stat(dir); err != nil {
+		return testfixture.UnpackInto(t, name, shared)
+	}
+	return dir
+}
+
+func TestFixtures(t *testing.T) {
 	for _, c := range []struct {
 		name   string
 		env    string
@@ -205,13 +226,13 @@ func TestFixtures(t *testing.T) {
 			"STORAGE_USERS_DECOMPOSEDS3_ACCESS_KEY=a\nSTORAGE_USERS_DECOMPOSEDS3_SECRET_KEY=s\n", "s3ng", ocis.Decomposed, "user.ocis.", "user.oc.", "s3"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			dir := unpacked[c.name]
+			dir := fixture(t, c.name)
 			o := quiet(tempDir(t))
 			o.BaseDataPath, o.ConfigDir = filepath.Join(dir, "data"), filepath.Join(dir, "config")
 			if c.env != "" {
-				f := filepath.Join(dir, "x.env")
-				write(t, dir, map[string]string{"x.env": c.env})
-				o.EnvFiles = []string{f}
+				envDir := t.TempDir()
+				write(t, envDir, map[string]string{"x.env": c.env})
+				o.EnvFiles = []string{filepath.Join(envDir, "x.env")}
 			}
 			in := mustDiscover(t, o)
 			u, s := in.Store("users"), in.Store("system")
@@ -263,11 +284,16 @@ func TestFixtures(t *testing.T) {
 
 // TestOCISNames renames what the fixture has of OpenCloud's names.
 func TestOCISNames(t *testing.T) {
-	dir := testfixture.Unpack(t, testfixture.OCIS)
+	dir := fixture(t, testfixture.OCIS)
 	for _, r := range [][2]string{{"config/opencloud.yaml", "config/ocis.yaml"}, {"data/idm/idm.boltdb", "data/idm/ocis.boltdb"}} {
 		if err := os.Rename(filepath.Join(dir, r[0]), filepath.Join(dir, r[1])); err != nil {
 			t.Fatal(err)
 		}
+		t.Cleanup(func() {
+			if err := os.Rename(filepath.Join(dir, r[1]), filepath.Join(dir, r[0])); err != nil {
+				t.Error(err)
+			}
+		})
 	}
 	o := quiet(tempDir(t))
 	o.BaseDataPath, o.ConfigDir = filepath.Join(dir, "data"), filepath.Join(dir, "config")
@@ -278,7 +304,7 @@ func TestOCISNames(t *testing.T) {
 }
 
 func TestS3WithoutSettings(t *testing.T) {
-	dir := testfixture.Unpack(t, testfixture.OCISWithS3Blobs)
+	dir := fixture(t, testfixture.OCISWithS3Blobs)
 	for name, c := range map[string]struct {
 		env  string
 		want []string
@@ -739,6 +765,62 @@ func TestExternalServices(t *testing.T) {
 	}
 	if len(in.Warnings) > 0 {
 		t.Errorf("warnings %q", in.Warnings)
+	}
+}
+
+// TestIdmNotInUse: what a switched-off service was configured with does not matter.
+func TestIdmNotInUse(t *testing.T) {
+	root := tempDir(t)
+	base := filepath.Join(root, "var/lib/ocis")
+	addInstance(t, base, filepath.Join(root, "etc/ocis"), ocis.OCIS)
+	if err := os.RemoveAll(filepath.Join(base, "idm")); err != nil {
+		t.Fatal(err)
+	}
+	o := quiet(root)
+	o.Environ = append(o.Environ, "IDM_DATABASE_PATH=/gone/ocis.boltdb")
+	wantError(t, o, "IDM_DATABASE_PATH=/gone/ocis.boltdb", "does not exist")
+	o.Environ = append(o.Environ, "OCIS_EXCLUDE_RUN_SERVICES=idm")
+	if in := mustDiscover(t, o); slices.Contains(names(in), "idm-database") {
+		t.Errorf("data sets %q", names(in))
+	}
+}
+
+// TestConfigOfAnother: a base data path by flag must not silently get the configuration of the host.
+func TestConfigOfAnother(t *testing.T) {
+	root := tempDir(t)
+	addInstance(t, filepath.Join(root, "srv/test"), filepath.Join(root, "etc/ocis"), ocis.OCIS)
+	o := quiet(root)
+	o.BaseDataPath = filepath.Join(root, "srv/test")
+	if in := mustDiscover(t, o); in.ConfigDir != filepath.Join(root, "etc/ocis") || !hasWarning(in, "--config-dir") {
+		t.Errorf("got %s, %q", in.ConfigDir, in.Warnings)
+	}
+}
+
+func TestNoData(t *testing.T) {
+	for version, want := range map[string]string{"1.0.0": "decomposed", "3.0.0": "posix"} {
+		root := tempDir(t)
+		write(t, root, map[string]string{"var/lib/opencloud/idm/idm.boltdb": "", "bin/opencloud": ""})
+		o := quiet(root)
+		o.ServerBinary = filepath.Join(root, "bin/opencloud")
+		o.RunVersion = func(context.Context, string) (string, error) { return version, nil }
+		in := mustDiscover(t, o)
+		if in.Store("users").Driver != want || set(t, in, "storage-users").Found || !hasWarning(in, "data set storage-users is required") {
+			t.Errorf("%s: %+v", version, in.Stores)
+		}
+	}
+}
+
+func TestUnreadablePlacesAreTold(t *testing.T) {
+	dir := tempDir(t)
+	write(t, dir, map[string]string{"f": "x"})
+	w := &walker{t: new(tally), seen: new(atomic.Int64), root: dir}
+	for range 5 {
+		if err := w.dir(context.Background(), filepath.Join(dir, "f")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if len(w.errs) != 3 || w.more != 2 || !strings.Contains(w.errs[0], filepath.Join(dir, "f")+": not a directory") {
+		t.Errorf("%q, %d more", w.errs, w.more)
 	}
 }
 

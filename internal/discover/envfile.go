@@ -26,9 +26,10 @@ const (
 // of Docker and systemd differ only for quotes, backslashes and continuation lines, so those decide:
 //
 // A file is in systemd's syntax if any line of it begins with "export " or with a semicolon, ends in
-// an odd number of backslashes, or has a value that begins and ends with the same kind of quote.
-// Docker would hand such quotes on to the server, which cannot be meant. All other files are taken
-// verbatim, as Docker does. "export " is passed over, which neither of the two does.
+// an odd number of backslashes, or has a value that begins and ends with the same kind of quote; the
+// end may be on a later line, if no line between begins like NAME=. Docker would hand such quotes on
+// to the server, which cannot be meant. All other files are taken verbatim, as Docker does. "export "
+// is passed over, which neither of the two does.
 //
 // lookup answers for names that stand without a value, which Docker takes from its own environment;
 // it may be nil.
@@ -47,20 +48,36 @@ func cleanText(data []byte) string {
 }
 
 func isSystemd(text string) bool {
+	open := byte(0) // the quote that a value began with and that is not closed yet
 	for line := range strings.SplitSeq(text, "\n") {
 		line = strings.TrimSpace(line)
-		if line == "" || line[0] == '#' {
+		if open != 0 && startsVariable(line) {
+			open = 0
+		}
+		if open != 0 && line != "" && line[len(line)-1] == open {
+			return true
+		}
+		if open != 0 || line == "" || line[0] == '#' {
 			continue
 		}
 		if line[0] == ';' || strings.HasPrefix(line, "export ") || endsInBackslash(line) {
 			return true
 		}
 		_, v, ok := strings.Cut(line, "=")
-		if v = strings.TrimSpace(v); ok && len(v) >= 2 && (v[0] == '"' || v[0] == '\'') && v[len(v)-1] == v[0] {
-			return true
+		if v = strings.TrimSpace(v); ok && v != "" && (v[0] == '"' || v[0] == '\'') {
+			if len(v) >= 2 && v[len(v)-1] == v[0] {
+				return true
+			}
+			open = v[0]
 		}
 	}
 	return false
+}
+
+// startsVariable tells whether a line begins like NAME=, in the capitals that all variables have.
+func startsVariable(line string) bool {
+	name, _, ok := strings.Cut(line, "=")
+	return ok && validName(name) && name == strings.ToUpper(name)
 }
 
 func endsInBackslash(s string) bool {

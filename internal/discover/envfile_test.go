@@ -39,6 +39,8 @@ func TestParseEnvFile(t *testing.T) {
 		"double quotes":      {`A="b c"` + "\n" + `B=x\y` + "\n", SystemdSyntax, "A=<b c>\nB=<xy>\n"},
 		"single quotes":      {`A='b \n "c"'` + "\n", SystemdSyntax, `A=<b \n "c">` + "\n"},
 		"escapes in quotes":  {`A="a\"b\\c\$d\n"` + "\n", SystemdSyntax, `A=<a"b\c$d\n>` + "\n"},
+		"key over lines":     {"A='-----BEGIN\nabc==\nEND-----'\nB=c\n", SystemdSyntax, "A=<-----BEGIN\nabc==\nEND----->\nB=<c>\n"},
+		"two lone quotes":    {"A='b\nB=c'\n", DockerSyntax, "A=<'b>\nB=<c'>\n"},
 		"export":             {"export A=b\nB=c\n", SystemdSyntax, "A=<b>\nB=<c>\n"},
 		"semicolon":          {"; c\nA=b\n", SystemdSyntax, "A=<b>\n"},
 		"continued":          {"A=b\\\nc\nB=d\n", SystemdSyntax, "A=<bc>\nB=<d>\n"},
@@ -59,16 +61,11 @@ func TestParseEnvFile(t *testing.T) {
 }
 
 func TestEnvFileLines(t *testing.T) {
-	vars, _ := ParseEnvFile([]byte("# c\nA='x\ny'\n\nB=c\n"), nil)
-	vars2, _ := ParseEnvFile([]byte("\n# c\nB=c\n"), nil)
-	if len(vars) != 2 || vars[0].Line != 2 || vars[1].Line != 5 {
-		// The quote closes on another line, so no line by itself shows it.
-		if len(vars) != 2 {
-			t.Errorf("got %+v", vars)
+	for in, want := range map[string]int{"# c\n\nB=c\n": 3, "A='x\ny'\n\nB=c\n": 4, "A=x\\\ny\nB=c": 3} {
+		vars, _ := ParseEnvFile([]byte(in), nil)
+		if last := vars[len(vars)-1]; last.Name != "B" || last.Line != want {
+			t.Errorf("%q: got %+v", in, vars)
 		}
-	}
-	if vars2[0].Line != 3 {
-		t.Errorf("got %+v", vars2)
 	}
 }
 

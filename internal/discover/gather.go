@@ -455,7 +455,9 @@ func (s *sources) fromProcess(ctx context.Context, o *Options) error {
 			}
 		}
 	}
-	if !foreign || s.maps.find(exe) != nil {
+	if product == "" {
+		s.warn("process %d runs %s, which is no server by its name; give the binary by --server-binary", o.PID, exe)
+	} else if !foreign || s.maps.find(exe) != nil {
 		if host := s.maps.host(exe); isFile(host) {
 			s.soft.Binary = resolve(host)
 		} else {

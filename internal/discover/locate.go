@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/holdfast-backup/holdfast/internal/mountinfo"
 	"github.com/holdfast-backup/holdfast/internal/ocis"
 )
 
@@ -153,6 +154,9 @@ func (s *sources) locate(o *Options) (*location, error) {
 			loc.config = c.place
 			break
 		}
+	}
+	if o.BaseDataPath != "" && loc.config.setting == "" && hasMainYAML(loc.config.host, loc.product) && !mountinfo.Below(loc.config.host, loc.base.host) {
+		s.warn("no configuration directory was given; %s is taken, the default place: give --config-dir if it belongs to another instance", loc.config.host)
 	}
 	if o.ConfigDir != "" {
 		s.maps.add(PathMap{loc.config.server, loc.config.host}, rankBase, loc.config.setting)

@@ -498,8 +498,16 @@ func TestProcess(t *testing.T) {
 	if d := set(t, in, "web-themes"); d.Path != filepath.Join(root, "home/me/work/themes") {
 		t.Errorf("%+v", d)
 	}
-	if got := content(t, in, "process.env"); got != "HOME=\"/home/me\"\nMULTI=\"a\nb\"\nWEB_ASSET_THEMES_PATH=\"themes\"\n" {
+	if got := content(t, in, "process.env"); got != "; in systemd's syntax\nHOME=\"/home/me\"\nMULTI=\"a\nb\"\nWEB_ASSET_THEMES_PATH=\"themes\"\n" {
 		t.Errorf("process.env %q", got)
+	}
+	if err := os.Remove(filepath.Join(p, "exe")); err != nil {
+		t.Fatal(err)
+	}
+	link(t, "/bin/sleep", filepath.Join(p, "exe"))
+	write(t, p, map[string]string{"cmdline": "sleep\x009\x00"})
+	if in := mustDiscover(t, o); in.Software.Binary != "" || !hasWarning(in, "no server by its name") {
+		t.Errorf("software %+v, warnings %q", in.Software, in.Warnings)
 	}
 	o.PID = 78
 	wantError(t, o, "--pid=78", "no such process")
@@ -533,11 +541,7 @@ func TestProcessInContainer(t *testing.T) {
 }
 
 func TestVersion(t *testing.T) {
-	dir, err := os.MkdirTemp("/root", "holdfast-test-") // the temporary directory can be changed by others
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
+	dir := tempDir(t)
 	script := func(name, text string, mode os.FileMode) string {
 		p := filepath.Join(dir, name)
 		if err := os.WriteFile(p, []byte("#!/bin/sh\n"+text), 0o755); err != nil {

@@ -274,11 +274,6 @@ func (b *builder) userStoreByDisk(cfg *config, name, rel string) (*store, error)
 				if st.S3, err = b.s3Settings(cfg, d, value{}, st.Root); err != nil {
 					return nil, err
 				}
-			} else if s3, ok := b.bucketConfigured(cfg, st.probe); ok {
-				st.driver, st.Driver = s3, s3.name
-				if st.S3, err = b.s3Settings(cfg, s3, value{}, st.Root); err != nil {
-					return nil, err
-				}
 			}
 			return st, nil
 		}
@@ -297,16 +292,6 @@ func (b *builder) defaultDriver() string {
 		return "decomposed"
 	}
 	return "posix"
-}
-
-// bucketConfigured tells whether a root without any contents belongs to a bucket that is configured.
-func (b *builder) bucketConfigured(cfg *config, p *probe) (driver, bool) {
-	if p.blobs() != nowhere {
-		return driver{}, false
-	}
-	d := b.driverByDisk(&probe{prefix: p.prefix, absent: 1, decomposed: true}, driver{})
-	v, err := cfg.get(d.field("ENDPOINT", "endpoint"))
-	return d, err == nil && v.text != ""
 }
 
 // openStore looks at the root of a store.

@@ -17,6 +17,10 @@ func envText(list []string) []byte {
 		quote = quote || strings.ContainsAny(v, "\n\r\\'\"") || strings.TrimSpace(v) != v
 	}
 	var b bytes.Buffer
+	if quote {
+		// The semicolon tells every reader the syntax, whatever the values look like.
+		b.WriteString("; in systemd's syntax\n")
+	}
 	for _, kv := range list {
 		k, v, ok := strings.Cut(kv, "=")
 		if !ok || k == "" {

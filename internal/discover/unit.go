@@ -60,7 +60,7 @@ func parseUnit(text, file string) []directive {
 		if endsInBackslash(line) {
 			line = line[:len(line)-1]
 		}
-		if line[0] == '[' {
+		if strings.HasPrefix(line, "[") {
 			section = strings.Trim(line, "[]")
 			continue
 		}

@@ -1,0 +1,198 @@
+package capture_test
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-backup/holdfast/internal/capture"
+	"github.com/holdfast-backup/holdfast/internal/ocis"
+	"github.com/holdfast-backup/holdfast/internal/repo"
+	"github.com/holdfast-backup/holdfast/internal/snapshot"
+	"github.com/holdfast-backup/holdfast/internal/storegen"
+)
+
+// TestIncrementalEqualsFull is the law of change detection: after the changes that a server makes, a
+// capture with the cache gives the same tree as one that reads everything.
+func TestIncrementalEqualsFull(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "gen")
+	if _, err := storegen.Generate(t.Context(), storegen.Options{Dir: dir, Seed: 5, Files: 1500, Bytes: 6 << 20, Spaces: 6}); err != nil {
+		t.Fatal(err)
+	}
+	inst := instanceOf(dir, "opencloud-posix")
+	r, _ := newRepo(t)
+	res, sn, _ := run(t, r, inst, capture.Options{Now: future})
+	if !res.Manifest.Proof.Complete {
+		t.Fatalf("incomplete: %+v", res.Manifest.Proof.Missing)
+	}
+	for round := range uint64(4) {
+		if _, err := storegen.Mutate(t.Context(), dir, round, 0.02); err != nil {
+			t.Fatal(err)
+		}
+		next, inc, _ := run(t, r, inst, capture.Options{Cache: res.Cache, Parent: sn, Now: future})
+		_, full, st := run(t, r, inst, capture.Options{Now: future})
+		if *inc.Tree != *full.Tree {
+			t.Fatalf("round %d: the incremental capture gives another tree than the full one", round)
+		}
+		if st.NewBlobs != [2]int64{} {
+			t.Errorf("round %d: the full capture stored %v more blobs", round, st.NewBlobs)
+		}
+		if all := next.Stats.Bytes; next.Stats.BytesRead > all/3 {
+			t.Errorf("round %d: %d of %d bytes were read for 2%% of changes", round, next.Stats.BytesRead, all)
+		}
+		if !next.Manifest.Proof.Complete {
+			t.Fatalf("round %d: incomplete: %+v", round, next.Manifest.Proof)
+		}
+		res, sn = next, inc
+	}
+}
+
+// future is a clock that is ahead, so that what was just written does not count as just changed.
+func future() time.Time { return time.Now().Add(time.Hour) }
+
+// TestEachChangeIsSeen changes one thing of the small store at a time, also in ways that no server
+// does and that leave times and sizes as they were.
+func TestEachChangeIsSeen(t *testing.T) {
+	keepTime := func(s *tinyStore, p string, fn func()) {
+		s.t.Helper()
+		st, err := os.Lstat(p)
+		s.check(err)
+		fn()
+		s.check(os.Chtimes(p, time.Time{}, st.ModTime()))
+	}
+	blob := func(s *tinyStore) string { return s.space("blobs/" + ocis.NodePath(blobID)) }
+	for _, c := range []struct {
+		name   string
+		change func(s *tinyStore)
+	}{
+		{"metadata replaced", func(s *tinyStore) {
+			p := s.nodePath(folderID) + ".mpk"
+			s.put(p+".tmp", string(ocis.EncodeMPK(ocis.Attributes{{Key: "user.oc.type", Value: []byte("2")}, {Key: "user.oc.tmtime", Value: []byte("2026-01-01T00:00:00Z")}})))
+			s.check(os.Rename(p+".tmp", p))
+		}},
+		{"metadata rewritten, same size and time", func(s *tinyStore) {
+			p := s.nodePath(folderID) + ".mpk"
+			keepTime(s, p, func() {
+				b, err := os.ReadFile(p)
+				s.check(err)
+				s.check(os.WriteFile(p, []byte(strings.Replace(string(b), "folder", "fOlder", 1)), 0o600))
+			})
+		}},
+		{"renamed", func(s *tinyStore) {
+			s.check(os.Rename(filepath.Join(s.nodePath(folderID), "file.txt"), filepath.Join(s.nodePath(folderID), "other.txt")))
+		}},
+		{"mode", func(s *tinyStore) { s.check(os.Chmod(blob(s), 0o640)) }},
+		{"owner", func(s *tinyStore) { s.check(os.Lchown(s.nodePath(fileID), 7, 8)) }},
+		{"attribute", func(s *tinyStore) { s.check(unix.Setxattr(s.nodePath(folderID), "user.x", []byte("y"), 0)) }},
+		{"new orphan", func(s *tinyStore) {
+			s.put(s.space("blobs/"+ocis.NodePath("99999999-aaaa-4bbb-8ccc-000000000009")), "o")
+		}},
+		{"blob gone", func(s *tinyStore) { s.check(os.Remove(blob(s))) }},
+		{"blob grown", func(s *tinyStore) { s.put(blob(s), "hello world\n!") }},
+		{"system file, same size and time", func(s *tinyStore) {
+			p := s.path("data/idm/idm.boltdb")
+			keepTime(s, p, func() { s.check(os.WriteFile(p, []byte("Identities"), 0o600)) })
+		}},
+		{"config", func(s *tinyStore) { s.write("config/opencloud.yaml", "a: c\n") }},
+		{"index in place", func(s *tinyStore) { s.put(s.path("data/storage/users/indexes/by-type/project.mpk"), "\x81\xa1b\xa1c") }},
+		{"alias", func(s *tinyStore) {
+			s.put(s.nodePath(spaceID)+".mpk", string(ocis.EncodeMPK(ocis.Attributes{
+				{Key: "user.oc.space.alias", Value: []byte("project/new")}, {Key: "user.oc.space.id", Value: []byte(spaceID)}})))
+		}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s := newTinyStore(t)
+			s.put(s.path("data/storage/users/indexes/by-type/project.mpk"), "\x81\xa1a\xa1b")
+			r, _ := newRepo(t)
+			first, sn, _ := run(t, r, s.inst, capture.Options{Now: future})
+			c.change(s)
+			_, inc, _ := run(t, r, s.inst, capture.Options{Cache: first.Cache, Parent: sn, Now: future})
+			_, full, _ := run(t, r, s.inst, capture.Options{Now: future})
+			if *inc.Tree == *sn.Tree {
+				t.Error("the change was not seen")
+			}
+			if *inc.Tree != *full.Tree {
+				t.Error("the incremental capture gives another tree than the full one")
+			}
+		})
+	}
+}
+
+// TestJustChangedIsReadAgain: two changes within the granularity of the file system's clock bear the
+// same time, so what was changed just before a scan is not trusted at the next.
+func TestJustChangedIsReadAgain(t *testing.T) {
+	s := newTinyStore(t)
+	r, _ := newRepo(t)
+	now := time.Now
+	first, sn, _ := run(t, r, s.inst, capture.Options{Now: now})
+	res, again, _ := run(t, r, s.inst, capture.Options{Cache: first.Cache, Parent: sn, Now: now})
+	if res.Stats.BytesRead == 0 {
+		t.Error("what was written a moment ago was not read again")
+	}
+	if *again.Tree != *sn.Tree {
+		t.Error("another tree")
+	}
+}
+
+// TestViewOfAnotherDevice: device and inode numbers differ in every view, and must not matter.
+func TestViewOfAnotherDevice(t *testing.T) {
+	s := newTinyStore(t)
+	r, _ := newRepo(t)
+	_, sn, _ := run(t, r, s.inst, capture.Options{Now: future})
+	view := t.TempDir()
+	if out, err := exec.Command("cp", "-a", s.dir+"/.", view).CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	_, again, st := run(t, r, s.inst, capture.Options{Now: future, View: func(p string) string {
+		return strings.Replace(p, s.dir, view, 1)
+	}})
+	if *again.Tree != *sn.Tree || st.NewBlobs[repo.DataBlob] != 0 {
+		t.Errorf("a copy of the store gives another tree, %v new blobs", st.NewBlobs)
+	}
+}
+
+// TestUnreadableIsNamed captures in a process of another user, who cannot read one folder and one blob.
+func TestUnreadableIsNamed(t *testing.T) {
+	const env = "HOLDFAST_TEST_UNREADABLE"
+	if dir := os.Getenv(env); dir != "" {
+		s := &tinyStore{t: t, dir: dir, inst: tinyInstance(dir)}
+		res, r, sn := s.capture()
+		p := res.Manifest.Proof
+		if p.Complete || len(p.Unreadable) != 2 {
+			t.Errorf("proof %+v", p)
+		}
+		if len(p.Missing) != 1 || p.Missing[0].BlobID != blobID {
+			t.Errorf("missing %+v", p.Missing)
+		}
+		if _, err := snapshot.Lookup(t.Context(), r, *sn.Tree, tinyFile); err == nil {
+			t.Error("a file that could not be read is there")
+		}
+		return
+	}
+	s := newTinyStore(t)
+	s.check(os.Chmod(s.space("blobs/"+ocis.NodePath(blobID)), 0))
+	s.check(os.Mkdir(s.path("data/closed"), 0))
+	tmp := t.TempDir()
+	s.check(exec.Command("chown", "-R", "65534:65534", s.dir, tmp).Run())
+	for d := s.dir; d != os.TempDir() && d != "/"; d = filepath.Dir(d) {
+		s.check(os.Chmod(d, 0o755))
+	}
+	exe := filepath.Join(tmp, "capture.test") // the test binary may lie where the other user cannot go
+	p, err := os.ReadFile("/proc/self/exe")
+	s.check(err)
+	s.check(os.WriteFile(exe, p, 0o755))
+	cmd := exec.Command(exe, "-test.run", "^TestUnreadableIsNamed$", "-test.v")
+	cmd.Dir = tmp
+	cmd.Env = append(os.Environ(), env+"="+s.dir, "TMPDIR="+tmp, "HOME="+tmp)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+	out, err := cmd.CombinedOutput()
+	if err != nil || !strings.Contains(string(out), "--- PASS: TestUnreadableIsNamed") {
+		t.Errorf("%v\n%s", err, out)
+	}
+}
