@@ -326,7 +326,9 @@ func (c *checker) verifyPack(ctx context.Context, no uint32, size int64) ([]Blob
 	err = c.r.be.Load(ctx, packHandle(p), 0, 0, func(rd io.Reader) error {
 		streamed, blobs = nil, nil // it may be called again
 		sum := sha256.New()
-		br := bufio.NewReaderSize(io.TeeReader(rd, sum), 1<<20)
+		br := packReaders.Get().(*bufio.Reader)
+		defer packReaders.Put(br)
+		br.Reset(io.TeeReader(rd, sum))
 		sealed, plain := getBuffer(0), getBuffer(0)
 		defer func() { putBuffer(sealed); putBuffer(plain) }()
 		for _, e := range entries {
@@ -358,6 +360,8 @@ func (c *checker) verifyPack(ctx context.Context, no uint32, size int64) ([]Blob
 	}
 	return nil, nil
 }
+
+var packReaders = sync.Pool{New: func() any { return bufio.NewReaderSize(nil, 1<<20) }}
 
 func noEOF(err error) error {
 	if err == io.EOF {

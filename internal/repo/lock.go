@@ -204,7 +204,7 @@ func (l *Lock) removeOld(ctx context.Context) error {
 
 // remove deletes one of our lock files although ctx may be done.
 func (l *Lock) remove(ctx context.Context, name ID) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), l.r.unlockTime)
 	defer cancel()
 	err := l.r.RemoveUnpacked(ctx, backend.LockFile, name)
 	if errors.Is(err, backend.ErrNotExist) {

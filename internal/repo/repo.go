@@ -96,6 +96,8 @@ type Repository struct {
 	// When to write an index file in the middle of a backup.
 	indexBlobs int
 	indexAge   time.Duration
+	// How long removing our own lock may take when the work's context is done.
+	unlockTime time.Duration
 }
 
 // clock is the time, which tests replace.
@@ -131,7 +133,7 @@ func newRepository(be backend.Backend, o Options) *Repository {
 		be: be, opts: o, kdf: crypto.DefaultKDF, idx: index.New(),
 		clock:      clock{time.Now, realSleep},
 		indexSem:   make(chan struct{}, 1),
-		indexBlobs: 50_000, indexAge: 10 * time.Minute,
+		indexBlobs: 50_000, indexAge: 10 * time.Minute, unlockTime: time.Minute,
 	}
 }
 

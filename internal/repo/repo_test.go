@@ -95,6 +95,7 @@ func samples() [][]byte {
 }
 
 func TestWriteAndRead(t *testing.T) {
+	t.Parallel()
 	ctx := context.Background()
 	for _, o := range []InitOptions{
 		{Version: 1}, {Version: 2}, {Options: Options{Compression: CompressionOff}}, {Options: Options{Compression: CompressionMax}},
@@ -205,6 +206,7 @@ func list(t testing.TB, be backend.Backend) (all []backend.Handle) {
 }
 
 func TestManyWriters(t *testing.T) {
+	t.Parallel()
 	ctx := context.Background()
 	be := mem.New()
 	r := initRepo(t, be, InitOptions{Options: Options{PackSize: 1 << 20}})
