@@ -1,0 +1,138 @@
+package main
+
+import (
+	"crypto/sha256"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"github.com/holdfast-backup/holdfast/bench/internal/measure"
+)
+
+// The physical limits, in their order.
+const (
+	limitFind  = "find with lstat of all entries"
+	limitRead  = "reading all bytes, one thread"
+	limitHash  = "SHA-256 of as many bytes, one core"
+	limitWrite = "writing as many bytes, 16 MiB files, fsync"
+)
+
+var limitNames = []string{limitFind, limitRead, limitHash, limitWrite}
+
+// stepLimits is where the costs of the limits are kept.
+const stepLimits = "limits"
+
+// limits measures what no backup program can be faster than, page cache warm.
+func (b *bench) limits(i int) error {
+	if i == 0 {
+		if _, err := b.readStore(); err != nil { // the first pass fills the page cache
+			return err
+		}
+	}
+	find, err := look("find")
+	if err != nil {
+		return err
+	}
+	c, _, err := measure.Command("", nil, find, b.store, "-fprintf", "/dev/null", "%s %T@\n")
+	if err != nil {
+		return err
+	}
+	b.limit(limitFind, c)
+	var size int64
+	c, err = measure.Func(func() error {
+		size, err = b.readStore()
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	b.limit(limitRead, c)
+	buf := make([]byte, 16<<20)
+	for i := range buf {
+		buf[i] = byte(i * 7)
+	}
+	c, err = measure.Func(func() error {
+		h := sha256.New()
+		for left := size; left > 0; left -= int64(len(buf)) {
+			h.Write(buf[:min(left, int64(len(buf)))])
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	b.limit(limitHash, c)
+	dir := filepath.Join(b.scratch, "plain-write")
+	defer os.RemoveAll(dir)
+	c, err = measure.Func(func() error { return writePlain(dir, buf, size) })
+	if err != nil {
+		return err
+	}
+	b.limit(limitWrite, c)
+	return nil
+}
+
+func (b *bench) limit(name string, c measure.Cost) {
+	fmt.Fprintf(b.log, "%-42s %8.2f s wall\n", name, c.Wall.Seconds())
+	b.add(stepLimits, name, c)
+}
+
+func writePlain(dir string, buf []byte, size int64) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	for i := 0; size > 0; i++ {
+		f, err := os.Create(filepath.Join(dir, fmt.Sprint(i)))
+		if err != nil {
+			return err
+		}
+		n := min(size, int64(len(buf)))
+		_, err = f.Write(buf[:n])
+		if err == nil {
+			err = f.Sync()
+		}
+		if e := f.Close(); err == nil {
+			err = e
+		}
+		if err != nil {
+			return err
+		}
+		size -= n
+	}
+	return nil
+}
+
+// readStore reads every file of the store once and returns the bytes.
+func (b *bench) readStore() (int64, error) {
+	buf := make([]byte, 1<<20)
+	var size int64
+	err := filepath.WalkDir(b.store, func(path string, e fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		if !e.Type().IsRegular() {
+			return nil
+		}
+		if err := b.ctx.Err(); err != nil {
+			return err
+		}
+		f, err := os.Open(path)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		for {
+			n, err := f.Read(buf)
+			size += int64(n)
+			if err == io.EOF {
+				return nil
+			}
+			if err != nil {
+				return err
+			}
+		}
+	})
+	return size, err
+}

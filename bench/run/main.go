@@ -1,0 +1,339 @@
+// Command run measures Holdfast beside restic and borg on a generated instance, and writes the
+// figures as Markdown:
+//
+//	go build -o holdfast ./cmd/holdfast
+//	go run ./bench/run -files 20000 -bytes 4GB -scratch /var/tmp/bench -o docs/BENCHMARKS.md
+//
+// All programs back up the same store in the same run. Before each timed backup the whole store is
+// read once, so that the page cache holds it if memory suffices, and what was written before is
+// flushed to the disk.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-backup/holdfast/bench/internal/measure"
+	"github.com/holdfast-backup/holdfast/internal/storegen"
+	"github.com/holdfast-backup/holdfast/internal/testfixture"
+)
+
+type options struct {
+	holdfast string
+	scratch  string
+	files    int
+	bytes    measure.Bytes
+	seed     uint64
+	spaces   int
+	runs     int
+	changed  float64
+	tools    string
+	borg     bool
+	verify   bool
+	keep     bool
+	out      string
+}
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	err := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	stop()
+	if err != nil {
+		if !errors.Is(err, flag.ErrHelp) {
+			fmt.Fprintln(os.Stderr, "bench:", err)
+		}
+		os.Exit(1)
+	}
+}
+
+func parse(args []string, stderr *os.File) (*options, error) {
+	o := &options{bytes: 4e9}
+	f := flag.NewFlagSet("run", flag.ContinueOnError)
+	f.SetOutput(stderr)
+	f.StringVar(&o.holdfast, "holdfast", "./holdfast", "the program to measure")
+	f.StringVar(&o.scratch, "scratch", "", "directory for store, repositories and restored files")
+	f.IntVar(&o.files, "files", 20000, "users' files of the store")
+	f.Var(&o.bytes, "bytes", "size of all blobs together, such as 4GB")
+	f.Uint64Var(&o.seed, "seed", 1, "seed of the store")
+	f.IntVar(&o.spaces, "spaces", 0, "users' spaces; 0: one for 500 files")
+	f.IntVar(&o.runs, "n", 3, "runs of each step")
+	f.Float64Var(&o.changed, "changed", 0.01, "fraction of the files that the step \"changed\" changes")
+	f.StringVar(&o.tools, "tools", "holdfast,restic", "programs to measure, in this order")
+	f.BoolVar(&o.borg, "borg", false, "measure borg too")
+	f.BoolVar(&o.verify, "verify", true, "compare what was restored and check the repositories, outside the timing")
+	f.BoolVar(&o.keep, "keep", false, "leave repositories and restored files behind")
+	f.StringVar(&o.out, "o", "", "Markdown file in which the section for these sizes is replaced or added")
+	if err := f.Parse(args); err != nil {
+		return nil, err
+	}
+	switch {
+	case f.NArg() > 0:
+		return nil, fmt.Errorf("unexpected argument %q", f.Arg(0))
+	case o.scratch == "":
+		return nil, errors.New("-scratch is missing: name a directory on the disk to measure")
+	case o.runs < 1 || o.files < 1 || o.bytes < 1:
+		return nil, errors.New("-n, -files and -bytes must be at least 1")
+	}
+	if o.borg && !strings.Contains(o.tools, "borg") {
+		o.tools += ",borg"
+	}
+	return o, nil
+}
+
+// bench is one run of everything.
+type bench struct {
+	ctx     context.Context
+	o       *options
+	log     *os.File
+	scratch string
+	store   string
+	record  *storegen.Record
+	tools   []*tool
+	costs   map[string]map[string][]measure.Cost // step -> tool or limit
+	usage   map[string]map[string]usage          // step -> tool
+	free    measure.Space
+	notes   []string
+}
+
+// usage is what a repository takes.
+type usage struct {
+	files, bytes, entries int64 // entries of the index; -1 where they could not be counted
+}
+
+// Steps, in their order.
+const (
+	stepFirst     = "first backup"
+	stepUnchanged = "unchanged"
+	stepChanged   = "changed"
+	stepRestore   = "restore all"
+)
+
+var steps = []string{stepFirst, stepUnchanged, stepChanged, stepRestore}
+
+func run(ctx context.Context, args []string, stdout io.Writer, stderr *os.File) error {
+	o, err := parse(args, stderr)
+	if err != nil {
+		return err
+	}
+	b := &bench{ctx: ctx, o: o, log: stderr, costs: map[string]map[string][]measure.Cost{}, usage: map[string]map[string]usage{}}
+	if err := b.prepare(); err != nil {
+		return err
+	}
+	err = b.measure()
+	if !o.keep {
+		for _, t := range b.tools {
+			err = errors.Join(err, t.remove())
+		}
+		err = errors.Join(err, os.RemoveAll(filepath.Join(b.scratch, "restored")))
+	}
+	if err != nil {
+		return err
+	}
+	text := b.report()
+	fmt.Fprint(stdout, text)
+	if o.out != "" {
+		return replaceSection(o.out, b.key(), text)
+	}
+	return nil
+}
+
+// prepare looks for programs and room, and makes the store if it is missing.
+func (b *bench) prepare() error {
+	o := b.o
+	var err error
+	if b.scratch, err = filepath.Abs(o.scratch); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(b.scratch, 0o700); err != nil {
+		return err
+	}
+	if b.free, err = measure.Free(b.scratch); err != nil {
+		return err
+	}
+	fmt.Fprintf(b.log, "%s free in %s\n", measure.Size(b.free.Bytes), b.scratch)
+	for name := range strings.SplitSeq(o.tools, ",") {
+		t, err := b.newTool(strings.TrimSpace(name))
+		if err != nil {
+			return err
+		}
+		b.tools = append(b.tools, t)
+	}
+	b.store = filepath.Join(b.scratch, fmt.Sprintf("store-%d-%d-%d-%d", o.files, int64(o.bytes), o.spaces, o.seed))
+	rec, err := storegen.ReadRecord(b.store)
+	have := err == nil
+	one := measure.StoreNeeds(o.files, int64(o.bytes))
+	// Each repository, what is restored, and the plain write to compare with.
+	need := measure.Space{Bytes: int64(o.bytes)}.Times(int64(len(b.tools)) + 1).Plus(one)
+	if !have {
+		need = need.Plus(one)
+	}
+	if err := measure.NeedSpace(b.scratch, need); err != nil {
+		return err
+	}
+	if have && rec.Mutations > 0 {
+		fmt.Fprintf(b.log, "the store in %s was changed %d times before: making it anew\n", b.store, rec.Mutations)
+		have = false
+	}
+	if !have {
+		if err := os.RemoveAll(b.store); err != nil {
+			return err
+		}
+		if err := os.MkdirAll(b.store, 0o755); err != nil {
+			return err
+		}
+		fmt.Fprintf(b.log, "generating %d files, %s\n", o.files, measure.Size(int64(o.bytes)))
+		if _, err := storegen.Generate(b.ctx, storegen.Options{Dir: b.store, Seed: o.seed, Files: o.files, Bytes: int64(o.bytes), Spaces: o.spaces}); err != nil {
+			return err
+		}
+	}
+	b.record, err = storegen.ReadRecord(b.store)
+	return err
+}
+
+func (b *bench) measure() error {
+	for i := range b.o.runs {
+		if err := b.limits(i); err != nil {
+			return err
+		}
+		for _, t := range b.tools {
+			if err := t.remove(); err != nil {
+				return err
+			}
+			if err := t.init(); err != nil {
+				return err
+			}
+			for _, step := range []string{stepFirst, stepUnchanged} {
+				if err := b.timed(step, t, t.backup); err != nil {
+					return err
+				}
+			}
+		}
+	}
+	for range b.o.runs {
+		c, err := storegen.Mutate(b.ctx, b.store, b.o.seed, b.o.changed)
+		if err != nil {
+			return err
+		}
+		fmt.Fprintf(b.log, "changed %d files: %+v\n", c.Total(), *c)
+		for _, t := range b.tools {
+			if err := b.timed(stepChanged, t, t.backup); err != nil {
+				return err
+			}
+		}
+	}
+	for i := range b.o.runs {
+		for _, t := range b.tools {
+			if err := os.RemoveAll(t.restored()); err != nil {
+				return err
+			}
+			if err := os.MkdirAll(t.restored(), 0o755); err != nil {
+				return err
+			}
+			if err := b.timed(stepRestore, t, t.restore); err != nil {
+				return err
+			}
+			if b.o.verify && i == 0 {
+				if err := b.compare(t); err != nil {
+					return err
+				}
+			}
+			if err := os.RemoveAll(t.restored()); err != nil {
+				return err
+			}
+		}
+	}
+	if b.o.verify {
+		for _, t := range b.tools {
+			fmt.Fprintf(b.log, "%s: checking the repository\n", t.name)
+			if err := t.check(); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// timed runs one step of one program once.
+func (b *bench) timed(step string, t *tool, fn func() (measure.Cost, error)) error {
+	if err := b.ctx.Err(); err != nil {
+		return err
+	}
+	if step != stepRestore {
+		if _, err := b.readStore(); err != nil {
+			return err
+		}
+	}
+	unix.Sync()
+	c, err := fn()
+	if err != nil {
+		return fmt.Errorf("%s, %s: %w", t.name, step, err)
+	}
+	fmt.Fprintf(b.log, "%-9s %-13s %8.2f s wall %8.2f s CPU %5d MB\n", t.name, step, c.Wall.Seconds(), c.CPU().Seconds(), c.Peak/1e6)
+	b.add(step, t.name, c)
+	if step == stepFirst || step == stepChanged {
+		u, err := t.usage()
+		if err != nil {
+			return err
+		}
+		if b.usage[step] == nil {
+			b.usage[step] = map[string]usage{}
+		}
+		b.usage[step][t.name] = u
+	}
+	return nil
+}
+
+func (b *bench) add(step, who string, c measure.Cost) {
+	if b.costs[step] == nil {
+		b.costs[step] = map[string][]measure.Cost{}
+	}
+	b.costs[step][who] = append(b.costs[step][who], c)
+}
+
+// compare holds what was restored against the store.
+func (b *bench) compare(t *tool) error {
+	fmt.Fprintf(b.log, "%s: comparing what was restored\n", t.name)
+	var all []string
+	for _, part := range []string{"data", "config"} {
+		// The other programs write holes out; everything else must be equal.
+		diffs, err := testfixture.DiffOptions(filepath.Join(b.store, part), filepath.Join(t.restoredTree(), part), testfixture.Options{IgnoreHoles: t.name != "holdfast", Limit: 10})
+		if err != nil {
+			return fmt.Errorf("%s: compare what was restored: %w", t.name, err)
+		}
+		all = append(all, diffs...)
+	}
+	if len(all) == 0 {
+		return nil
+	}
+	text := fmt.Sprintf("%s restored something else than it backed up:\n%s", t.name, strings.Join(all, "\n"))
+	if t.name == "holdfast" {
+		return errors.New(text)
+	}
+	// That of another program is worth a word, and does not stop the measuring.
+	fmt.Fprintln(b.log, text)
+	b.notes = append(b.notes, fmt.Sprintf("What %s restored differs from the store in at least %d places.", t.name, len(all)))
+	return nil
+}
+
+func look(name string) (string, error) {
+	path, err := exec.LookPath(name)
+	if err != nil {
+		hint := "install it, or leave it out of -tools"
+		if filepath.Base(name) == "holdfast" {
+			hint = "build it with go build -o holdfast ./cmd/holdfast, or name it with -holdfast"
+		}
+		return "", fmt.Errorf("program %s was not found: %s", name, hint)
+	}
+	return filepath.Abs(path)
+}

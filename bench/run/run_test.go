@@ -1,0 +1,106 @@
+package main
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// TestRunWithRestic runs all steps on a small store, with stock restic alone.
+func TestRunWithRestic(t *testing.T) {
+	scratch := t.TempDir()
+	page := filepath.Join(scratch, "BENCHMARKS.md")
+	log, err := os.Create(filepath.Join(scratch, "log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer log.Close()
+	var out bytes.Buffer
+	args := []string{"-tools", "restic", "-files", "60", "-bytes", "500kB", "-spaces", "3", "-n", "1", "-changed", "0.1", "-scratch", filepath.Join(scratch, "s"), "-o", page}
+	if err := run(t.Context(), args, &out, log); err != nil {
+		said, _ := os.ReadFile(log.Name())
+		t.Fatalf("%v\n%s", err, said)
+	}
+	text := out.String()
+	for _, want := range []string{"## 60 files, 500 kB", "| first backup | restic | ", "| unchanged | restic |", "| 10 % changed | restic |", "| restore all | restic |",
+		"| find with lstat of all entries |", "| SHA-256 of as many bytes, one core |", "| after the first backup | restic |", "restic 0.", "go run ./bench/run -files 60 -bytes 500000B"} {
+		if !strings.Contains(text, want) {
+			t.Errorf("the report lacks %q:\n%s", want, text)
+		}
+	}
+	if strings.Contains(text, scratch) {
+		t.Errorf("the report names a path of this machine:\n%s", text)
+	}
+	if strings.Contains(text, "differs from the store") {
+		t.Error(text)
+	}
+	// What was measured is gone, the store is kept.
+	left, err := os.ReadDir(filepath.Join(scratch, "s"))
+	if err != nil || len(left) != 1 || !strings.HasPrefix(left[0].Name(), "store-60-") {
+		t.Errorf("left behind: %v %v", left, err)
+	}
+	saved, err := os.ReadFile(page)
+	if err != nil || !strings.Contains(string(saved), text) {
+		t.Errorf("the page holds something else: %v", err)
+	}
+}
+
+func TestRefusals(t *testing.T) {
+	dir := t.TempDir()
+	discard, err := os.OpenFile(os.DevNull, os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer discard.Close()
+	for name, c := range map[string]struct {
+		args []string
+		want string
+	}{
+		"no scratch":     {nil, "-scratch is missing"},
+		"argument":       {[]string{"-scratch", dir, "x"}, "unexpected argument"},
+		"size":           {[]string{"-scratch", dir, "-bytes", "many"}, "is no size"},
+		"runs":           {[]string{"-scratch", dir, "-n", "0"}, "at least 1"},
+		"unknown tool":   {[]string{"-scratch", dir, "-tools", "rsync"}, "holdfast, restic and borg are known"},
+		"missing binary": {[]string{"-scratch", dir, "-tools", "holdfast", "-holdfast", filepath.Join(dir, "holdfast")}, "go build -o holdfast ./cmd/holdfast"},
+		"too large":      {[]string{"-scratch", dir, "-tools", "restic", "-files", "10", "-bytes", "900000TB"}, "are needed"},
+	} {
+		var out bytes.Buffer
+		err := run(t.Context(), c.args, &out, discard)
+		if err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: %v, want it to say %q", name, err, c.want)
+		}
+	}
+}
+
+func TestReplaceSection(t *testing.T) {
+	page := filepath.Join(t.TempDir(), "p.md")
+	for _, s := range []struct{ key, text string }{{"a", "first\n"}, {"b", "second\n"}, {"a", "third\n"}} {
+		if err := replaceSection(page, s.key, s.text); err != nil {
+			t.Fatal(err)
+		}
+	}
+	data, err := os.ReadFile(page)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := string(data)
+	if strings.Contains(text, "first") || strings.Count(text, "<!-- bench a -->") != 1 || strings.Index(text, "\nthird\n") > strings.Index(text, "\nsecond\n") || !strings.HasPrefix(text, "# Benchmarks") {
+		t.Errorf("page is\n%s", text)
+	}
+	if err := os.WriteFile(page, []byte("<!-- bench a -->\nx"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := replaceSection(page, "a", "y"); err == nil {
+		t.Error("a page with half a section was changed")
+	}
+}
+
+func TestThousands(t *testing.T) {
+	for n, want := range map[int64]string{0: "0", 999: "999", 1000: "1\u202f000", 1234567: "1\u202f234\u202f567", -1000: "-1\u202f000", -100: "-100"} {
+		if got := thousands(n); got != want {
+			t.Errorf("%d is %q, want %q", n, got, want)
+		}
+	}
+}
