@@ -9,6 +9,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"runtime"
 	"sync"
 	"sync/atomic"
 
@@ -39,7 +40,10 @@ type saver struct {
 	files  *chunk.Chunker
 	tars   *chunk.Chunker
 	// read counts the bytes that came from the source.
-	read  *atomic.Int64
+	read *atomic.Int64
+	// busy bounds how many chunks are compressed at once, since each needs buffers of its own: more
+	// than processors would only cost memory.
+	busy  chan struct{}
 	bufs  sync.Pool
 	small sync.Pool
 	// zeros is the blob of the largest chunk of zeros, for holes that need not be read.
@@ -56,7 +60,7 @@ const fileBuffer = 2 * 4 << 20 // bytes: two of the largest chunks, so that a cu
 const smallFile = 512 << 10
 
 func newSaver(t Target, seed [32]byte, read *atomic.Int64) *saver {
-	s := &saver{target: t, read: read, files: chunk.New(seed, fileChunks), tars: chunk.New(seed, tarChunks)}
+	s := &saver{target: t, read: read, busy: make(chan struct{}, runtime.GOMAXPROCS(0)), files: chunk.New(seed, fileChunks), tars: chunk.New(seed, tarChunks)}
 	s.bufs.New = func() any { b := make([]byte, fileBuffer); return &b }
 	s.small.New = func() any { b := make([]byte, smallFile+1); return &b }
 	return s
@@ -70,12 +74,20 @@ type content struct {
 	holes []extent
 }
 
+// save stores one chunk.
+func (s *saver) save(ctx context.Context, p []byte) (id.ID, error) {
+	s.busy <- struct{}{}
+	defer func() { <-s.busy }()
+	d, _, err := s.target.Save(ctx, repo.DataBlob, p)
+	return d, err
+}
+
 // bytes saves p as a file of its own.
 func (s *saver) bytes(ctx context.Context, p []byte) (content, error) {
 	c := content{size: int64(len(p))}
 	for len(p) > 0 {
 		n := s.files.Cut(p)
-		d, _, err := s.target.Save(ctx, repo.DataBlob, p[:n])
+		d, err := s.save(ctx, p[:n])
 		if err != nil {
 			return c, err
 		}
@@ -166,7 +178,7 @@ func (s *saver) cutAll(ctx context.Context, p []byte, eof bool, h hash.Hash, c *
 			h.Write(p[:used])
 		}
 		if used > 0 {
-			d, _, err := s.target.Save(ctx, repo.DataBlob, p[:used])
+			d, err := s.save(ctx, p[:used])
 			if err != nil {
 				return used, err
 			}
@@ -184,7 +196,7 @@ func (s *saver) cutAll(ctx context.Context, p []byte, eof bool, h hash.Hash, c *
 	for i, end := range cuts {
 		part := p[start:end]
 		g.Go(func() (err error) {
-			ids[i], _, err = s.target.Save(gctx, repo.DataBlob, part)
+			ids[i], err = s.save(gctx, part)
 			return err
 		})
 		start = end
@@ -260,7 +272,7 @@ func (s *saver) sparseFile(ctx context.Context, r *root, e *entry, wantSHA1 bool
 		if err := part(hole.off); err != nil {
 			return c, err
 		}
-		s.zeros.once.Do(func() { s.zeros.id, _, s.zeros.err = s.target.Save(ctx, repo.DataBlob, zero) })
+		s.zeros.once.Do(func() { s.zeros.id, s.zeros.err = s.save(ctx, zero) })
 		if s.zeros.err != nil {
 			return c, s.zeros.err
 		}
@@ -342,7 +354,7 @@ func (st *stream) drain(ctx context.Context, all bool) error {
 	used := 0
 	for used < len(st.buf) && (all || len(st.buf)-used >= tarChunks.Max) {
 		n := st.s.tars.Cut(st.buf[used:])
-		d, _, err := st.s.target.Save(ctx, repo.DataBlob, st.buf[used:used+n])
+		d, err := st.s.save(ctx, st.buf[used:used+n])
 		if err != nil {
 			return fmt.Errorf("save metadata: %w", err)
 		}

@@ -47,15 +47,17 @@ func (c Compression) String() string {
 	return "auto"
 }
 
-// The default level is SpeedDefault with a window of 1 MiB. Measured on an EPYC core, chunks of 1.5 MiB:
+// Trees and the like are compressed at the default level, data at the fastest, with a window of 1 MiB. Measured on an EPYC core, chunks of 1.5 MiB:
 //
 //	             Go source           an executable
 //	fastest      0.185, 390 MB/s     0.410, 270 MB/s
 //	default      0.171, 325 MB/s     0.388, 180 MB/s
 //	better       0.159, 200 MB/s     0.379, 130 MB/s
 //
-// restic writes the default level with a window of 512 KiB, which is larger by half a percent at the
-// same speed; "fastest" would cost 5 to 8 % of space.
+// restic writes the default level with a window of 512 KiB. Users' data is mostly compressed already;
+// of the rest "fastest" costs 5 to 8 % of space, and the default level a third of the time of a first
+// backup (16.5 s instead of 25 s for 4 GB on two cores, 2737 MiB instead of 2725; restic: 2773).
+// CompressionMax is for who wants it the other way.
 const (
 	window    = 1 << 20
 	windowMax = 8 << 20 // what decoders must be able to hold stays small
@@ -78,7 +80,7 @@ func newEncoder(level zstd.EncoderLevel, window int) func() *zstd.Encoder {
 var (
 	encoderDefault = newEncoder(zstd.SpeedDefault, window)
 	encoderMax     = newEncoder(zstd.SpeedBestCompression, windowMax)
-	encoderSample  = newEncoder(zstd.SpeedFastest, window)
+	encoderFastest = newEncoder(zstd.SpeedFastest, window)
 
 	// Readers of the format accept windows up to 512 MiB. The capacity limit makes the size that
 	// the index tells the bound of what a blob can become.
@@ -111,9 +113,12 @@ func compressBlob(dst, data []byte, c Compression, t BlobType) ([]byte, bool, er
 	if t == DataBlob && (c == CompressionOff || len(data) < 32 || (c == CompressionAuto && incompressible(data))) {
 		return dst, false, nil
 	}
-	e := encoderDefault()
-	if c == CompressionMax {
+	e := encoderFastest()
+	switch {
+	case c == CompressionMax:
 		e = encoderMax()
+	case t == TreeBlob:
+		e = encoderDefault()
 	}
 	n := len(dst)
 	out := e.EncodeAll(data, dst)
@@ -165,7 +170,7 @@ func incompressible(data []byte) bool {
 	buf := getBuffer(trialSize + 1024)
 	defer putBuffer(buf)
 	for _, at := range []int{len(data)/2 - trialSize/2, len(data) - trialSize} {
-		if worthIt(len(encoderSample().EncodeAll(data[at:at+trialSize], (*buf)[:0])), trialSize) {
+		if worthIt(len(encoderFastest().EncodeAll(data[at:at+trialSize], (*buf)[:0])), trialSize) {
 			return false
 		}
 	}
