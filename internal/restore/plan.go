@@ -277,53 +277,33 @@ func (p *Plan) findTars(ctx context.Context, t *Target, store string) error {
 // mapPath tells where a data set goes.
 func (p *Plan) mapPath(name, from string) (string, error) {
 	maps := slices.Clone(p.o.Map)
-	moved := len(maps) > 0
-	add := func(old, to string) {
-		if to != "" {
-			moved = true
-		}
-		if old != "" {
-			maps = append(maps, PathMap{old, cmp.Or(to, old)})
+	var stay []string // places that keep what no map moves
+	for _, m := range []PathMap{{p.Manifest.BasePath, p.o.BasePath}, {p.Manifest.ConfigDir, p.o.ConfigDir}} {
+		switch {
+		case m.From == "":
+		case m.To != "":
+			maps = append(maps, m)
+		default:
+			stay = append(stay, filepath.Clean(m.From))
 		}
 	}
-	add(p.Manifest.BasePath, p.o.BasePath)
-	add(p.Manifest.ConfigDir, p.o.ConfigDir)
 	best, to := -1, ""
 	for _, m := range maps {
 		if !filepath.IsAbs(m.From) {
 			return "", fmt.Errorf("path %q is not absolute", m.From)
 		}
 		old := filepath.Clean(m.From)
-		rest, ok := strings.CutPrefix(from, strings.TrimSuffix(old, "/")+"/")
-		if !ok && from != old {
+		if !inside(from, old) || len(old) <= best {
 			continue
 		}
-		if from == old {
-			rest = ""
+		abs, err := filepath.Abs(m.To)
+		if err != nil {
+			return "", err
 		}
-		fixed := m.To == m.From // a place that stays gives way to one that was named
-		if len(old) > best || len(old) == best && !fixed {
-			abs, err := filepath.Abs(m.To)
-			if err != nil {
-				return "", err
-			}
-			best, to = len(old), filepath.Join(abs, rest)
-		}
-	}
-	// Where the config directory lies inside the base data path and only the latter moves, the
-	// longer, fixed one must not hold the config back.
-	if p.o.ConfigDir == "" && p.o.BasePath != "" && best == len(filepath.Clean(p.Manifest.ConfigDir)) && to == from {
-		base := filepath.Clean(p.Manifest.BasePath)
-		if rest, ok := strings.CutPrefix(from, base+"/"); ok {
-			abs, err := filepath.Abs(p.o.BasePath)
-			if err != nil {
-				return "", err
-			}
-			to = filepath.Join(abs, rest)
-		}
+		best, to = len(old), filepath.Join(abs, strings.TrimPrefix(from, old))
 	}
 	if best < 0 {
-		if moved {
+		if len(maps) > 0 && !slices.ContainsFunc(stay, func(dir string) bool { return inside(from, dir) }) {
 			return "", &UnmappedError{DataSet: name, Path: from}
 		}
 		to = from
@@ -332,6 +312,11 @@ func (p *Plan) mapPath(name, from string) (string, error) {
 		return "", fmt.Errorf("data set %s cannot be restored to /", name)
 	}
 	return to, nil
+}
+
+// inside reports whether the absolute path p is dir or lies below it.
+func inside(p, dir string) bool {
+	return p == dir || strings.HasPrefix(p, strings.TrimSuffix(dir, "/")+"/")
 }
 
 // locate resolves the destinations and finds out which lie within one another.
