@@ -40,9 +40,9 @@ type CommandOptions struct {
 
 // CommandRecipe starts an instance by a command.
 type CommandRecipe struct {
-	Start string   `json:"start"`
-	Dir   string   `json:"dir"`
-	Env   []string `json:"env"`
+	Start Text  `json:"start"`
+	Dir   Text  `json:"dir"`
+	Env   Texts `json:"env"`
 }
 
 // Command is the freezer that stops and starts by the user's own commands.
@@ -81,9 +81,9 @@ func (c *Command) Plan(_ context.Context, inst *ocis.Instance) (*Plan, error) {
 	return &Plan{
 		Recipe: Recipe{
 			Kind:        KindCommand,
-			Command:     &CommandRecipe{Start: c.o.StartCommand, Dir: dir, Env: env},
+			Command:     &CommandRecipe{Start: Text(c.o.StartCommand), Dir: Text(dir), Env: env},
 			Paths:       paths,
-			Ready:       Ready{Command: c.o.ReadyCommand, Dir: dir, Env: env, URL: c.o.ReadyURL, Timeout: c.o.ReadyTimeout},
+			Ready:       Ready{Command: Text(c.o.ReadyCommand), Dir: Text(dir), Env: env, URL: c.o.ReadyURL, Timeout: c.o.ReadyTimeout},
 			StopTimeout: c.o.StopTimeout,
 			Retries:     c.o.StartRetries,
 			Backoff:     c.o.StartBackoff,
@@ -117,7 +117,7 @@ func startCommand(ctx context.Context, r Recipe, run *Run) error {
 	if c == nil {
 		return errors.New("the record holds no start command")
 	}
-	sh := shell{line: c.Start, dir: c.Dir, env: c.Env, name: "the start command"}
+	sh := shell{line: string(c.Start), dir: string(c.Dir), env: c.Env, name: "the start command"}
 	// A start command that stays in the foreground is the server itself.
 	sh.settled = func(ctx context.Context) bool {
 		if r.Ready.Command != "" || r.Ready.URL != "" {
@@ -267,6 +267,10 @@ func (f *follower) poll(last bool) {
 			f.emit(line)
 			f.rest = rest
 		}
+		if len(f.rest) > 64<<10 { // no line for people
+			f.emit(f.rest)
+			f.rest = nil
+		}
 		if n == 0 || err != nil {
 			break
 		}
@@ -284,7 +288,7 @@ func (f *follower) emit(line []byte) {
 // askReady asks once.
 func askReady(ctx context.Context, r Ready) error {
 	if r.Command != "" {
-		sh := shell{line: r.Command, dir: r.Dir, env: r.Env, name: "the ready command", kill: true}
+		sh := shell{line: string(r.Command), dir: string(r.Dir), env: r.Env, name: "the ready command", kill: true}
 		if err := runShell(ctx, sh, &Run{}); err != nil {
 			return err
 		}

@@ -14,6 +14,7 @@ import (
 )
 
 func TestNone(t *testing.T) {
+	t.Parallel()
 	i := newInstance(t)
 	f, err := None{}.Freeze(background(), i.inst)
 	if err != nil {
@@ -89,6 +90,7 @@ func TestCommand(t *testing.T) {
 }
 
 func TestCommandErrors(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		name   string
 		mode   string
@@ -126,6 +128,7 @@ func TestCommandErrors(t *testing.T) {
 			thaw: []string{"did not get ready within 300ms", "not yet"}, is: ErrNotStarted},
 	} {
 		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
 			i := newInstance(t)
 			i.mode = c.mode
 			i.start()
@@ -169,6 +172,7 @@ func TestCommandErrors(t *testing.T) {
 }
 
 func TestCommandStartRetries(t *testing.T) {
+	t.Parallel()
 	i := newInstance(t)
 	old := i.start()
 	i.fail = "3" // starts 2 and 3 fail
@@ -193,6 +197,7 @@ func TestCommandStartRetries(t *testing.T) {
 
 // A start command that is the server itself never ends, and must not be ended.
 func TestCommandForeground(t *testing.T) {
+	t.Parallel()
 	i := newInstance(t)
 	old := i.start()
 	o := i.options()
@@ -218,6 +223,7 @@ func TestNewCommandMissing(t *testing.T) {
 }
 
 func TestFreezeCancelled(t *testing.T) {
+	t.Parallel()
 	i := newInstance(t)
 	i.mode = "ignore"
 	i.start()

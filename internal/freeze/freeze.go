@@ -1,5 +1,17 @@
-// Package freeze holds an instance still and lets it go again. A Freezer proves that nothing can
-// write before it calls anything frozen, and its Thaw runs whatever happened in between.
+// Package freeze holds an instance still and lets it go again. Start at Guarded, which is a whole
+// freeze from the stop to the start; Look tells who uses an instance.
+//
+// A Freezer proves that nothing can write before it calls anything frozen. The instance runs again
+// whatever happens in between:
+//
+//   - an error, a panic or a signal: Guarded thaws before it returns;
+//   - the death of this process, a hang, or the end of the time allowed: a guard process, started
+//     before the stop, has the recipe and starts the instance; the backup is then lost;
+//   - the death of the guard: this process sees it at once, and starts the instance itself;
+//   - the death of both, or of the machine: the record on disk, written before the stop, has the
+//     recipe as well, and Recover runs it.
+//
+// Programs that freeze call MaybeGuard first thing in main.
 package freeze
 
 import (
@@ -23,12 +35,12 @@ type BusyError struct {
 	Holders []Holder
 }
 
-// Holder is one sign that an instance is alive: a lock, or a process with open files.
+// Holder is one sign that an instance is alive, in most cases a lock or a process with open files.
 type Holder struct {
 	PID     int    // 0 if unknown, e.g. a process in another PID namespace
 	Command string // "" if unknown
 	Path    string // the locked or open file
-	How     string // HowLock, HowOpen or HowMapped
+	How     string // HowLock, HowOpen, ...
 	Writing bool   // it could change the file: a lock, or open for writing
 }
 
@@ -51,7 +63,14 @@ func (e *BusyError) Error() string {
 				who += " (" + h.Command + ")"
 			}
 		}
-		fmt.Fprintf(&b, "%s%s holds %s (%s)", sep, who, h.Path, h.How)
+		verb := "holds"
+		switch h.How {
+		case HowChanges:
+			who, verb = "something", "writes to"
+		case HowRuns:
+			verb = "serves"
+		}
+		fmt.Fprintf(&b, "%s%s %s %s (%s)", sep, who, verb, h.Path, h.How)
 	}
 	return b.String()
 }
@@ -59,13 +78,27 @@ func (e *BusyError) Error() string {
 // Is makes errors.Is(err, ErrRunning) true.
 func (e *BusyError) Is(target error) bool { return target == ErrRunning }
 
-// Record tells how the instance was held still. Times are UTC.
+// Record tells how the instance was held still. Times are UTC; what has not come yet is zero.
 type Record struct {
 	Method   string    // none, command, ...
 	Stopping time.Time // when it was told to stop
 	Stopped  time.Time // when the proof was complete
 	Started  time.Time
 	Ready    time.Time
+	// Downtime and UntilReady count from Stopping to Started and Ready by a clock that nobody sets.
+	Downtime   time.Duration
+	UntilReady time.Duration
+}
+
+// setStarted enters the end of a freeze that began at the instant begin.
+func (r *Record) setStarted(begin, started, ready time.Time) {
+	r.Started, r.Ready = started, ready
+	if !started.IsZero() {
+		r.Downtime = started.Sub(begin)
+	}
+	if !ready.IsZero() {
+		r.UntilReady = ready.Sub(begin)
+	}
 }
 
 // Freezer is one way to stop and start an instance.

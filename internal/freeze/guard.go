@@ -58,8 +58,10 @@ type message struct {
 	Stopped bool            `json:"stopped,omitempty"` // msgThaw: the stop was proven
 	Started time.Time       `json:"started,omitzero"`  // msgResult, as are the following
 	Ready   time.Time       `json:"ready,omitzero"`
-	Error   string          `json:"error,omitempty"`
-	Stays   bool            `json:"stays,omitempty"` // the guard goes on watching
+	// Since is the time since Started, by the clock that nobody sets.
+	Since time.Duration `json:"since,omitempty"`
+	Error string        `json:"error,omitempty"`
+	Stays bool          `json:"stays,omitempty"` // the guard goes on watching
 }
 
 const (
@@ -77,9 +79,9 @@ const (
 
 // guardConfig is all that a guard knows. It comes through the socket because it may hold secrets.
 type guardConfig struct {
-	Dir         string        `json:"dir"`
+	Dir         Text          `json:"dir"`
 	Key         string        `json:"key"`
-	BasePath    string        `json:"base_path"`
+	BasePath    Text          `json:"base_path"`
 	Recipe      Recipe        `json:"recipe"`
 	MaxDowntime time.Duration `json:"max_downtime"`
 	HangTimeout time.Duration `json:"hang_timeout"`
@@ -109,9 +111,10 @@ var defaultTuning = tuning{
 
 // wire writes and reads messages. Writers never wait for long for a peer that hangs.
 type wire struct {
-	conn net.Conn
-	mu   sync.Mutex
-	dec  *json.Decoder
+	conn   net.Conn
+	dec    *json.Decoder
+	mu     sync.Mutex
+	broken error // guarded by mu; half a message was written, another would make no sense
 }
 
 func newWire(f *os.File) (*wire, error) {
@@ -130,11 +133,14 @@ func (w *wire) send(m message) error {
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	if w.broken != nil {
+		return w.broken
+	}
 	if err := w.conn.SetWriteDeadline(time.Now().Add(2 * time.Second)); err != nil {
 		return err
 	}
-	_, err = w.conn.Write(append(data, '\n'))
-	return err
+	_, w.broken = w.conn.Write(append(data, '\n'))
+	return w.broken
 }
 
 func (w *wire) receive() (message, error) {
@@ -158,6 +164,7 @@ type guard struct {
 	lastBeat  atomic.Int64 // nanoseconds of the monotonic clock since epoch
 	epoch     time.Time
 	orphaned  atomic.Bool // the socket has ended
+	over      atomic.Bool // the backup was given up; it may hang, and gets no reports
 	messages  chan message
 	thawing   chan struct{} // closed when messages no longer matter
 	stopped   bool
@@ -188,7 +195,7 @@ func guardMain() int {
 		return 1
 	}
 	g := &guard{
-		cfg: *m.Config, files: stateFiles{dir: m.Config.Dir, key: m.Config.Key}, wire: w, locks: locks,
+		cfg: *m.Config, files: stateFiles{dir: string(m.Config.Dir), key: m.Config.Key}, wire: w, locks: locks,
 		parent: os.Getppid(), epoch: time.Now(),
 		messages: make(chan message), thawing: make(chan struct{}), parentEnd: make(chan struct{}),
 	}
@@ -228,7 +235,7 @@ func (g *guard) note(format string, args ...any) {
 }
 
 func (g *guard) report(e progress.Event) {
-	if !g.orphaned.Load() {
+	if !g.orphaned.Load() && !g.over.Load() {
 		_ = g.wire.send(message{Kind: msgEvent, Event: &e})
 	}
 }
@@ -307,6 +314,7 @@ func (g *guard) watch() {
 // giveUp ends the backup and starts the instance.
 func (g *guard) giveUp(reason string) {
 	g.note("%s", reason)
+	g.over.Store(true)
 	_ = g.wire.send(message{Kind: msgGivenUp, Reason: reason})
 	g.thaw(false)
 }
@@ -356,6 +364,9 @@ func (g *guard) thaw(asked bool) {
 			}
 		}
 		if try == 0 {
+			if !started.IsZero() {
+				result.Since = time.Since(started)
+			}
 			_ = g.wire.send(result)
 		}
 		if up && !down {
@@ -396,9 +407,9 @@ func (g *guard) linger(ctx context.Context) {
 		if empty++; empty < 3 {
 			continue
 		}
-		lock, err := lockInstance(g.files, g.cfg.BasePath)
+		lock, err := lockInstance(g.files, string(g.cfg.BasePath))
 		if err != nil {
-			return
+			continue // if it is a backup, its record will show
 		}
 		g.note("the instance stopped after all, starting it")
 		if _, _, err := startInstance(ctx, g.cfg.Recipe, g.run); err != nil {
@@ -464,6 +475,13 @@ func startGuard(cfg guardConfig, lock *instanceLock, sink progress.Sink) (*guard
 	cmd.Env = commandEnv()
 	cmd.ExtraFiles = append([]*os.File{theirs}, lock.files...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	log, err := openLog(stateFiles{dir: string(cfg.Dir), key: cfg.Key}.log())
+	if err != nil {
+		w.conn.Close()
+		return fail(err)
+	}
+	defer log.Close()
+	cmd.Stderr = log // should it crash
 	if err := cmd.Start(); err != nil {
 		w.conn.Close()
 		return fail(err)

@@ -79,6 +79,9 @@ func Guarded(ctx context.Context, f Freezer, inst *ocis.Instance, o Options, fn 
 	s.run = &Run{Progress: s.o.Progress}
 	ctx, s.cancel = context.WithCancelCause(ctx)
 	defer s.cancel(nil)
+	if err := ctx.Err(); err != nil {
+		return s.Record(), err
+	}
 	if s.plan.Recipe.Kind != KindNone {
 		if err := s.prepare(); err != nil {
 			return s.Record(), err
@@ -177,7 +180,7 @@ func (s *session) prepare() (err error) {
 	s.run.Inherit, s.run.Log = []*os.File{stop}, s.files.log()
 	recipe := s.plan.Recipe
 	s.guard, err = startGuard(guardConfig{
-		Dir: s.files.dir, Key: s.files.key, BasePath: s.base, Recipe: recipe,
+		Dir: Text(s.files.dir), Key: s.files.key, BasePath: Text(s.base), Recipe: recipe,
 		MaxDowntime: s.o.MaxDowntime, HangTimeout: s.o.HangTimeout, Tuning: *s.o.tuning,
 	}, s.lock, s.o.Progress)
 	if err != nil {
@@ -188,7 +191,7 @@ func (s *session) prepare() (err error) {
 	owner, err := identify(os.Getpid())
 	if err == nil {
 		err = s.files.write(state{
-			Version: stateVersion, BasePath: s.base, Method: s.method, Since: time.Now().UTC(),
+			Version: stateVersion, BasePath: Text(s.base), Method: s.method, Since: time.Now().UTC(),
 			MaxDowntime: s.o.MaxDowntime, Owner: owner, Guard: s.guard.id, Recipe: recipe,
 		})
 	}
@@ -390,7 +393,19 @@ func (s *session) thawOnce(ctx context.Context) error {
 	s.mu.Unlock()
 	_ = s.guard.wire.send(message{Kind: msgThaw, Stopped: stopped})
 	m, ok := s.guard.await(s.o.HangTimeout)
-	if !ok {
+	if ok {
+		// The guard's times are of the wall clock; for how long it took there is our own.
+		now := time.Now()
+		s.mu.Lock()
+		s.record.setStarted(s.armedAt, m.Started, m.Ready)
+		if !m.Started.IsZero() {
+			s.record.Downtime = now.Sub(s.armedAt) - m.Since
+		}
+		if !m.Ready.IsZero() {
+			s.record.UntilReady = now.Sub(s.armedAt)
+		}
+		s.mu.Unlock()
+	} else {
 		s.guard.kill()
 		<-s.guard.dead
 	}
@@ -410,9 +425,6 @@ func (s *session) thawOnce(ctx context.Context) error {
 		}
 	}
 	s.guard.close()
-	s.mu.Lock()
-	s.record.Started, s.record.Ready = m.Started, m.Ready
-	s.mu.Unlock()
 	if m.Error != "" {
 		return &thawError{m.Error}
 	}
@@ -436,7 +448,7 @@ func (s *session) thawAlone(ctx context.Context) error {
 	}
 	started, ready, err := startInstance(ctx, s.plan.Recipe, s.run)
 	s.mu.Lock()
-	s.record.Started, s.record.Ready = started, ready
+	s.record.setStarted(s.armedAt, started, ready)
 	s.mu.Unlock()
 	if err == nil || errors.Is(err, errNotReady) {
 		if rerr := s.files.remove(); rerr != nil {

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -211,6 +212,7 @@ func (i *instance) atCommand(name, rest string) (command string, reached func() 
 }
 
 func TestGuarded(t *testing.T) {
+	t.Parallel()
 	i := newInstance(t)
 	old := i.start()
 	var ev events
@@ -253,13 +255,13 @@ func TestGuarded(t *testing.T) {
 	}
 	i.wantRunningAgain(old)
 	i.wantNoRecord()
-	if rec.Method != "command" || !rec.Stopping.Before(rec.Stopped) || !rec.Stopped.Before(rec.Started) || rec.Ready.Before(rec.Started) {
+	if rec.Method != "command" || !rec.Stopping.Before(rec.Stopped) || !rec.Stopped.Before(rec.Started) || rec.Ready.Before(rec.Started) || rec.Downtime <= 0 || rec.UntilReady < rec.Downtime {
 		t.Errorf("record %+v", rec)
 	}
 	if !ev.has(progress.Verbose, "bye") || !ev.has(progress.Verbose, "hello") {
 		t.Errorf("events %v", ev.list)
 	}
-	if g := guards(); len(g) != 0 {
+	if g := i.guards(); len(g) != 0 {
 		t.Errorf("guards %v are left", g)
 	}
 	if n := len(startedPIDs(i.starts)); n != 2 {
@@ -268,6 +270,7 @@ func TestGuarded(t *testing.T) {
 }
 
 func TestGuardedNone(t *testing.T) {
+	t.Parallel()
 	i := newInstance(t)
 	rec, err := Guarded(background(), None{}, i.inst, i.guardOptions(), func(context.Context) error {
 		var inUse *InUseError
@@ -297,6 +300,7 @@ func TestGuardedNone(t *testing.T) {
 
 // Whatever the work does, the instance runs afterwards.
 func TestGuardedWorkFails(t *testing.T) {
+	t.Parallel()
 	boom := errors.New("boom")
 	for _, c := range []struct {
 		name string
@@ -324,6 +328,7 @@ func TestGuardedWorkFails(t *testing.T) {
 		}, nil},
 	} {
 		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
 			i := newInstance(t)
 			old := i.start()
 			ctx, cancel := context.WithCancel(background())
@@ -357,7 +362,9 @@ func TestGuardedWorkFails(t *testing.T) {
 
 // The backup is killed, by signal or by itself, at every stage.
 func TestBackupDies(t *testing.T) {
+	t.Parallel()
 	t.Run("at work", func(t *testing.T) {
+		t.Parallel()
 		i := newInstance(t)
 		old := i.start()
 		b := i.backup(nil)
@@ -367,6 +374,7 @@ func TestBackupDies(t *testing.T) {
 		i.wantNoRecord()
 	})
 	t.Run("by panic", func(t *testing.T) {
+		t.Parallel()
 		i := newInstance(t)
 		old := i.start()
 		i.backup(func(s *backupSpec) { s.Work = "panic" }).expect("frozen")
@@ -374,6 +382,7 @@ func TestBackupDies(t *testing.T) {
 		i.wantNoRecord()
 	})
 	t.Run("by exit", func(t *testing.T) {
+		t.Parallel()
 		i := newInstance(t)
 		old := i.start()
 		i.backup(func(s *backupSpec) { s.Work = "exit" }).expect("frozen")
@@ -382,6 +391,7 @@ func TestBackupDies(t *testing.T) {
 	})
 	for _, sig := range []unix.Signal{unix.SIGINT, unix.SIGTERM} {
 		t.Run(sig.String(), func(t *testing.T) {
+			t.Parallel()
 			i := newInstance(t)
 			old := i.start()
 			b := i.backup(nil)
@@ -393,6 +403,7 @@ func TestBackupDies(t *testing.T) {
 		})
 	}
 	t.Run("while stopping", func(t *testing.T) {
+		t.Parallel()
 		i := newInstance(t)
 		old := i.start()
 		stop, reached, proceed := i.atCommand("stop", i.stopCommand())
@@ -405,6 +416,7 @@ func TestBackupDies(t *testing.T) {
 		i.wantNoRecord()
 	})
 	t.Run("while starting", func(t *testing.T) {
+		t.Parallel()
 		i := newInstance(t)
 		old := i.start()
 		start, reached, proceed := i.atCommand("start", i.startCommand())
@@ -422,6 +434,7 @@ func TestBackupDies(t *testing.T) {
 		}
 	})
 	t.Run("and the start fails at first", func(t *testing.T) {
+		t.Parallel()
 		i := newInstance(t)
 		old := i.start()
 		i.fail = "6"
@@ -437,6 +450,7 @@ func TestBackupDies(t *testing.T) {
 }
 
 func TestBackupHangs(t *testing.T) {
+	t.Parallel()
 	i := newInstance(t)
 	old := i.start()
 	b := i.backup(func(s *backupSpec) { s.HangTimeout = time.Second })
@@ -452,6 +466,7 @@ func TestBackupHangs(t *testing.T) {
 }
 
 func TestMaxDowntime(t *testing.T) {
+	t.Parallel()
 	i := newInstance(t)
 	old := i.start()
 	b := i.backup(func(s *backupSpec) {
@@ -468,6 +483,7 @@ func TestMaxDowntime(t *testing.T) {
 }
 
 func TestMaxDowntimeWhileStopping(t *testing.T) {
+	t.Parallel()
 	i := newInstance(t)
 	old := i.start()
 	b := i.backup(func(s *backupSpec) {
@@ -480,7 +496,9 @@ func TestMaxDowntimeWhileStopping(t *testing.T) {
 }
 
 func TestGuardDies(t *testing.T) {
+	t.Parallel()
 	t.Run("at work", func(t *testing.T) {
+		t.Parallel()
 		i := newInstance(t)
 		old := i.start()
 		b := i.backup(func(s *backupSpec) { s.Work = "deaf" })
@@ -492,6 +510,7 @@ func TestGuardDies(t *testing.T) {
 		b.expect("given up: ")
 	})
 	t.Run("while stopping", func(t *testing.T) {
+		t.Parallel()
 		i := newInstance(t)
 		old := i.start()
 		stop, reached, proceed := i.atCommand("stop", i.stopCommand())
@@ -510,6 +529,7 @@ func TestGuardDies(t *testing.T) {
 		i.wantNoRecord()
 	})
 	t.Run("while starting", func(t *testing.T) {
+		t.Parallel()
 		i := newInstance(t)
 		old := i.start()
 		start, reached, proceed := i.atCommand("start", i.startCommand())
@@ -525,6 +545,7 @@ func TestGuardDies(t *testing.T) {
 		i.wantNoRecord()
 	})
 	t.Run("by hanging", func(t *testing.T) {
+		t.Parallel()
 		i := newInstance(t)
 		old := i.start()
 		b := i.backup(func(s *backupSpec) { s.HangTimeout = time.Second })
@@ -536,6 +557,7 @@ func TestGuardDies(t *testing.T) {
 		i.wantNoRecord()
 	})
 	t.Run("by hanging beyond the downtime", func(t *testing.T) {
+		t.Parallel()
 		i := newInstance(t)
 		old := i.start()
 		b := i.backup(func(s *backupSpec) {
@@ -572,7 +594,9 @@ func killBoth(t *testing.T, i *instance, b *backup) {
 }
 
 func TestBothDie(t *testing.T) {
+	t.Parallel()
 	t.Run("recover", func(t *testing.T) {
+		t.Parallel()
 		i := newInstance(t)
 		old := i.start()
 		killBoth(t, i, i.backup(nil))
@@ -587,6 +611,7 @@ func TestBothDie(t *testing.T) {
 		}
 	})
 	t.Run("next backup", func(t *testing.T) {
+		t.Parallel()
 		i := newInstance(t)
 		old := i.start()
 		killBoth(t, i, i.backup(nil))
@@ -601,6 +626,7 @@ func TestBothDie(t *testing.T) {
 		}
 	})
 	t.Run("recover fails, then works", func(t *testing.T) {
+		t.Parallel()
 		i := newInstance(t)
 		old := i.start()
 		fixed := filepath.Join(i.dir, "fixed")
@@ -641,7 +667,7 @@ func TestRecoverAfterReboot(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := files.write(state{Version: stateVersion, BasePath: i.base, Method: "command", Since: time.Now(),
+	if err := files.write(state{Version: stateVersion, BasePath: Text(i.base), Method: "command", Since: time.Now(),
 		Owner: me, Guard: me, Recipe: plan.Recipe}); err != nil {
 		t.Fatal(err)
 	}
@@ -690,7 +716,7 @@ func TestRecoverUnknownKind(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := files.write(state{Version: stateVersion, BasePath: i.base, Recipe: Recipe{Kind: "kubernetes"}}); err != nil {
+	if err := files.write(state{Version: stateVersion, BasePath: Text(i.base), Recipe: Recipe{Kind: "kubernetes"}}); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := Recover(background(), filepath.Join(i.dir, "state")); !errors.Is(err, ErrNotStarted) || !strings.Contains(err.Error(), "kubernetes") {
@@ -701,6 +727,7 @@ func TestRecoverUnknownKind(t *testing.T) {
 
 // If the record or the guard cannot be had, nothing is stopped.
 func TestStateDirUnusable(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		name string
 		make func(t *testing.T, dir string)
@@ -718,6 +745,7 @@ func TestStateDirUnusable(t *testing.T) {
 		{"without inodes", func(t *testing.T, dir string) { mountTmpfs(t, dir, 0, "nr_inodes=2") }},
 	} {
 		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
 			i := newInstance(t)
 			pid := i.start()
 			o := i.guardOptions()
@@ -736,7 +764,7 @@ func TestStateDirUnusable(t *testing.T) {
 			if i.pid() != pid || !isOurs(pid) || len(startedPIDs(i.starts)) != 1 {
 				t.Error("the instance was touched")
 			}
-			if g := guards(); len(g) != 0 {
+			if g := i.guards(); len(g) != 0 {
 				t.Errorf("guards %v are left", g)
 			}
 		})
@@ -776,6 +804,7 @@ func fill(t *testing.T, path string) {
 
 // The state directory fills up, or goes away, while frozen: the thaw needs nothing of it.
 func TestStateDirLostWhileFrozen(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		name string
 		harm func(t *testing.T, dir string)
@@ -788,6 +817,7 @@ func TestStateDirLostWhileFrozen(t *testing.T) {
 		}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
 			i := newInstance(t)
 			old := i.start()
 			o := i.guardOptions()
@@ -803,6 +833,7 @@ func TestStateDirLostWhileFrozen(t *testing.T) {
 }
 
 func TestTwoFreezers(t *testing.T) {
+	t.Parallel()
 	i := newInstance(t)
 	old := i.start()
 	b := i.backup(nil)
@@ -829,6 +860,7 @@ func TestTwoFreezers(t *testing.T) {
 
 // Many at once: each either freezes alone or is turned away.
 func TestManyFreezers(t *testing.T) {
+	t.Parallel()
 	i := newInstance(t)
 	i.start()
 	var list []*backup
@@ -849,16 +881,15 @@ func TestManyFreezers(t *testing.T) {
 	if frozen == 0 {
 		t.Error("nobody got it")
 	}
+	eventually(t, "it runs", i.runs)
 	if n := len(startedPIDs(i.starts)); n != 1+frozen {
 		t.Errorf("%d freezes, %d starts", frozen, n)
-	}
-	if !i.runs() {
-		t.Error("it does not run")
 	}
 }
 
 // Whoever starts the server behind our back makes the backup worthless.
 func TestStartedWhileFrozen(t *testing.T) {
+	t.Parallel()
 	i := newInstance(t)
 	old := i.start()
 	o := i.options()
@@ -880,6 +911,7 @@ func TestStartedWhileFrozen(t *testing.T) {
 
 // A server that stops too late is started again by the guard, after the backup has reported.
 func TestStopsTooLate(t *testing.T) {
+	t.Parallel()
 	i := newInstance(t)
 	i.mode = "slow:1500ms"
 	old := i.start()
@@ -900,9 +932,11 @@ func TestStopsTooLate(t *testing.T) {
 	}
 	i.wantRunningAgain(old)
 	i.wantNoRecord()
+	eventually(t, "the guard has ended", func() bool { return len(i.guards()) == 0 })
 }
 
 func TestGuardedNotStarted(t *testing.T) {
+	t.Parallel()
 	i := newInstance(t)
 	old := i.start()
 	o := i.options()
@@ -917,7 +951,7 @@ func TestGuardedNotStarted(t *testing.T) {
 	if !errors.Is(err, ErrNotStarted) || !errors.Is(err, boom) || !strings.Contains(err.Error(), "no port") || !strings.HasPrefix(err.Error(), ErrNotStarted.Error()) {
 		t.Fatalf("got %v", err)
 	}
-	eventually(t, "the guard has ended", func() bool { return len(guards()) == 0 })
+	eventually(t, "the guard has ended", func() bool { return len(i.guards()) == 0 })
 	if i.runs() || i.status().Owner != os.Getpid() {
 		t.Error("the record is gone")
 	}
@@ -926,6 +960,7 @@ func TestGuardedNotStarted(t *testing.T) {
 
 // A second signal ends the command at once; the guard does the rest.
 func TestSecondSignal(t *testing.T) {
+	t.Parallel()
 	i := newInstance(t)
 	old := i.start()
 	start, reached, proceed := i.atCommand("start", i.startCommand())
@@ -940,6 +975,7 @@ func TestSecondSignal(t *testing.T) {
 
 // The guard must not be ended by what ends the backup: a closed terminal, a stopped unit.
 func TestGuardIgnoresSignals(t *testing.T) {
+	t.Parallel()
 	i := newInstance(t)
 	old := i.start()
 	b := i.backup(nil)
@@ -956,6 +992,7 @@ func TestGuardIgnoresSignals(t *testing.T) {
 }
 
 func TestHiddenCommandByHand(t *testing.T) {
+	t.Parallel()
 	for _, arg := range []string{guardArgument, startArgument} {
 		cmd := exec.Command(os.Args[0], arg)
 		out, err := cmd.CombinedOutput()
@@ -998,5 +1035,43 @@ func TestGuardedPlainFreezer(t *testing.T) {
 	rec, err := Guarded(background(), p, &ocis.Instance{}, Options{}, func(context.Context) error { return boom })
 	if !errors.Is(err, boom) || p.thawed != 1 || rec.Method != "plain" {
 		t.Errorf("%v %+v", err, p)
+	}
+}
+
+// Whatever dies at whatever moment: the instance runs in the end.
+func TestRandomDeaths(t *testing.T) {
+	t.Parallel()
+	const seed = 7
+	rnd := rand.New(rand.NewPCG(seed, seed))
+	for n := range 16 {
+		name := []string{"backup", "guard", "both"}[n%3]
+		delay := time.Duration(rnd.IntN(int(400 * time.Millisecond)))
+		t.Run(fmt.Sprintf("%d %s after %s", n, name, delay), func(t *testing.T) {
+			t.Parallel()
+			i := newInstance(t)
+			i.start()
+			b := i.backup(func(s *backupSpec) {
+				s.Command.ReadyCommand = ""
+				s.Command.StopTimeout = 5 * time.Second
+			})
+			b.release()
+			time.Sleep(delay) // the point is that it is arbitrary
+			guards := i.guards()
+			if name != "guard" {
+				b.signal(unix.SIGKILL)
+			}
+			if name != "backup" {
+				for _, g := range guards {
+					_ = unix.Kill(g, unix.SIGKILL)
+				}
+			}
+			_ = b.cmd.Wait()
+			eventually(t, "the guard has ended", func() bool { return len(i.guards()) == 0 })
+			if _, err := Recover(background(), filepath.Join(i.dir, "state")); err != nil {
+				t.Error(err)
+			}
+			eventually(t, "the instance runs", i.runs)
+			i.wantNoRecord()
+		})
 	}
 }

@@ -21,9 +21,11 @@ import (
 
 // The signs of life in Holder.How.
 const (
-	HowLock   = "lock"
-	HowOpen   = "open file"
-	HowMapped = "mapped file"
+	HowLock    = "lock"
+	HowOpen    = "open file"
+	HowMapped  = "mapped file"
+	HowRuns    = "running"  // a server that was told to end, whatever files it has
+	HowChanges = "changing" // files changed while nobody was seen to have them open
 )
 
 // initPIDNamespace is the fixed inode number of the first PID namespace (PROC_PID_INIT_INO).
@@ -156,6 +158,9 @@ func newScan(paths []string, except []int) (*scan, error) {
 			s.limits = append(s.limits, fmt.Sprintf("some of the data is on %s: a server that runs on another host is seen only by its locks, if at all", m.fsType))
 		}
 	}
+	if _, err := os.Stat("/proc/1"); err != nil {
+		s.limits = append(s.limits, "processes of other users are hidden from this one: run as root to be sure that none of them uses the data")
+	}
 	if ns, err := os.Readlink("/proc/self/ns/pid"); err == nil && ns != initPIDNamespace {
 		s.limits = append(s.limits, "this process runs in a PID namespace of its own (a container): processes outside of it are seen only by their locks")
 	}
@@ -219,6 +224,10 @@ func (s *scan) processes(ctx context.Context) error {
 // process looks at one process. One that ends meanwhile holds nothing.
 func (s *scan) process(pid int) {
 	dir := "/proc/" + strconv.Itoa(pid)
+	// Half of all processes are threads of the kernel, without a program.
+	if _, err := os.Readlink(dir + "/exe"); errors.Is(err, fs.ErrNotExist) && isEmptyProcess(dir) {
+		return
+	}
 	d, err := os.Open(dir + "/fd")
 	var names []string
 	if err == nil {
@@ -234,6 +243,7 @@ func (s *scan) process(pid int) {
 		return
 	}
 	var table *mountTable // fetched at the first real file
+	command := ""
 	found := false
 	for _, fd := range names {
 		link, err := os.Readlink(dir + "/fd/" + fd)
@@ -258,8 +268,10 @@ func (s *scan) process(pid int) {
 		if !ok {
 			continue
 		}
-		found = true
-		s.add(Holder{PID: pid, Command: commandOf(pid), Path: host, How: HowOpen,
+		if !found {
+			found, command = true, commandOf(pid)
+		}
+		s.add(Holder{PID: pid, Command: command, Path: host, How: HowOpen,
 			Writing: flags&unix.O_ACCMODE != unix.O_RDONLY})
 	}
 	if found {

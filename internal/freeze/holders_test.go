@@ -1,13 +1,17 @@
 package freeze
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -61,6 +65,7 @@ func holdMain() {
 }
 
 func TestHolders(t *testing.T) {
+	t.Parallel()
 	container := &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNS}
 	podlike := &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWPID}
 	for _, c := range []struct {
@@ -91,6 +96,7 @@ func TestHolders(t *testing.T) {
 		{"chroot in other mount namespace", "container-chroot", "storage/users/x", []string{"."}, container, HowOpen, true},
 	} {
 		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
 			dir := t.TempDir()
 			base := filepath.Join(dir, "base")
 			for _, d := range []string{"idm", "storage/users", "storage/use", "search/bleve/store", "bound"} {
@@ -217,5 +223,66 @@ broken line
 		if got, ok := table.locate(c.path, c.id); !ok || got != c.want {
 			t.Errorf("%s by %d: got %v, want %v", c.path, c.id, got, c.want)
 		}
+	}
+}
+
+// lookMain prints what the scan of a base directory could not see, and how many holders it saw.
+func lookMain() {
+	u, err := Look(context.Background(), []string{os.Args[2]})
+	fmt.Printf("%d %v %v\n", len(u.Holders), err, u.Limits)
+	os.Exit(0)
+}
+
+// Who may not look must say so: without root, the files of others are hidden, the lock is not.
+func TestHoldersLimits(t *testing.T) {
+	i := newInstance(t)
+	exe := openTo(t, i.dir)
+	i.start()
+	if err := os.Chmod(filepath.Join(i.base, "idm/idm.boltdb"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(exe, "look", i.base)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+	out, err := cmd.CombinedOutput()
+	if err != nil || !strings.HasPrefix(string(out), "1 <nil>") || !strings.Contains(string(out), "run as root") {
+		t.Errorf("%s %v", out, err)
+	}
+	cmd = exec.Command(exe, "look", i.base)
+	out, err = cmd.CombinedOutput()
+	if err != nil || !strings.HasPrefix(string(out), "3 <nil>") || strings.Contains(string(out), "run as root") {
+		t.Errorf("as root: %s %v", out, err)
+	}
+}
+
+// A process that opens files for moments only is seen by what it changes.
+func TestChanging(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	file := filepath.Join(dir, "a", "b", "c")
+	if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	end := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for n := 0; ; n++ {
+			select {
+			case <-end:
+				return
+			case <-time.After(time.Millisecond):
+				if err := os.WriteFile(file, fmt.Append(nil, n), 0o600); err != nil {
+					t.Error(err)
+				}
+			}
+		}
+	})
+	u, err := lookTwice(background(), []string{dir}, &Run{})
+	if err != nil || len(u.Holders) != 1 || u.Holders[0].How != HowChanges || !strings.Contains(u.Err().Error(), "something writes to "+dir) {
+		t.Errorf("%v %v", u, err)
+	}
+	close(end)
+	wg.Wait()
+	if u, err := lookTwice(background(), []string{dir}, &Run{}); err != nil || len(u.Holders) != 0 {
+		t.Errorf("%v %v", u, err)
 	}
 }

@@ -2,6 +2,7 @@ package freeze
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -32,10 +33,12 @@ func TestMain(m *testing.M) {
 	MaybeGuard()
 	if len(os.Args) > 1 {
 		switch os.Args[1] {
-		case "server":
+		case "server", "--flag":
 			serverMain()
 		case "hold":
 			holdMain()
+		case "look":
+			lookMain()
 		case "backup":
 			backupMain()
 		}
@@ -61,6 +64,15 @@ func serverMain() {
 	starts.Close()
 	if n, err := strconv.Atoi(os.Getenv("FT_FAIL")); err == nil && n > 0 {
 		if len(startedPIDs(os.Getenv("FT_STARTS"))) <= n {
+			fail(errors.New("failing as told"))
+		}
+	}
+	if f := os.Getenv("FT_FAILFILE"); f != "" {
+		data, _ := os.ReadFile(f)
+		if n, err := strconv.Atoi(string(data)); err == nil && n > 0 {
+			if err := os.WriteFile(f, []byte(strconv.Itoa(n-1)), 0o600); err != nil {
+				fail(err)
+			}
 			fail(errors.New("failing as told"))
 		}
 	}
@@ -124,6 +136,8 @@ type instance struct {
 	pidfile string
 	mode    string
 	fail    string
+	extra   string // one more variable
+	exe     string // a copy of the test binary, or ""
 	inst    *ocis.Instance
 }
 
@@ -142,11 +156,15 @@ func newInstance(t *testing.T) *instance {
 	}
 	i.inst = &ocis.Instance{BasePath: i.base}
 	t.Cleanup(func() {
-		// A guard may be about to start another one: look until it is quiet.
+		// A guard that starts a server must not see it die, or it starts another one. One that only
+		// watches over a server would take its time.
+		for deadline := time.Now().Add(3 * time.Second); len(i.guards()) > 0 && time.Now().Before(deadline); {
+			time.Sleep(5 * time.Millisecond)
+		}
 		eventually(t, "no server is left", func() bool {
-			quiet := len(guards()) == 0
+			quiet := len(i.guards()) == 0
 			for _, pid := range startedPIDs(i.starts) {
-				if isOurs(pid) {
+				if isOurs(pid) || i.isCopy(pid) {
 					quiet = false
 					_ = unix.Kill(pid, unix.SIGKILL)
 				}
@@ -155,6 +173,12 @@ func newInstance(t *testing.T) *instance {
 		})
 	})
 	return i
+}
+
+// isCopy tells whether pid runs the copy of the test binary.
+func (i *instance) isCopy(pid int) bool {
+	exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", pid))
+	return err == nil && i.exe != "" && exe == i.exe
 }
 
 // isOurs tells whether pid is a living process of this test binary.
@@ -168,8 +192,8 @@ func isOurs(pid int) bool {
 	return err == nil && exe == self
 }
 
-// guards lists the living guards of this test binary, whoever started them.
-func guards() []int {
+// guards lists the living guards of the instance, whoever started them.
+func (i *instance) guards() []int {
 	entries, _ := os.ReadDir("/proc")
 	var list []int
 	for _, e := range entries {
@@ -178,8 +202,16 @@ func guards() []int {
 			continue
 		}
 		args, _ := readList(fmt.Sprintf("/proc/%d/cmdline", pid))
-		if len(args) == 2 && (args[1] == guardArgument || args[1] == startArgument) {
-			list = append(list, pid)
+		if len(args) != 2 || args[1] != guardArgument && args[1] != startArgument {
+			continue
+		}
+		fds, _ := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
+		for _, fd := range fds {
+			link, _ := os.Readlink(fmt.Sprintf("/proc/%d/fd/%s", pid, fd.Name()))
+			if strings.HasPrefix(link, i.dir+"/") {
+				list = append(list, pid)
+				break
+			}
 		}
 	}
 	return list
@@ -187,7 +219,7 @@ func guards() []int {
 
 func (i *instance) env() []string {
 	return []string{"FT_BASE=" + i.base, "FT_STARTS=" + i.starts, "FT_PIDFILE=" + i.pidfile,
-		"FT_MODE=" + i.mode, "FT_FAIL=" + i.fail}
+		"FT_MODE=" + i.mode, "FT_FAIL=" + i.fail, cmp.Or(i.extra, "FT_EXTRA=")}
 }
 
 func (i *instance) startCommand() string {
@@ -247,7 +279,7 @@ func (i *instance) runs() bool {
 
 func (i *instance) wantRunningAgain(old int) {
 	i.t.Helper()
-	eventually(i.t, "the instance runs again", func() bool { return i.pid() != old && i.runs() && isOurs(i.pid()) })
+	eventually(i.t, "the instance runs again", func() bool { return i.pid() != old && i.runs() && (isOurs(i.pid()) || i.isCopy(i.pid())) })
 }
 
 // eventually polls until ok; the deadline is for machines under load.

@@ -3,8 +3,13 @@ package freeze
 import (
 	"context"
 	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-backup/holdfast/internal/ocis"
 	"github.com/holdfast-backup/holdfast/internal/progress"
@@ -49,12 +54,18 @@ func (n None) Plan(_ context.Context, inst *ocis.Instance) (*Plan, error) {
 	return &Plan{
 		Recipe: Recipe{Kind: KindNone, Paths: paths},
 		Stop: func(ctx context.Context, run *Run) error {
-			u, err := lookTwice(ctx, paths, run)
-			if err != nil {
-				return err
+			for try := 0; ; try++ {
+				u, err := lookTwice(ctx, paths, run)
+				if err != nil {
+					return err
+				}
+				// A passer-by, such as an index of file names, is gone soon. A server is not.
+				if len(u.Holders) > 0 && u.Holders[0].How != HowLock && try < 3 && sleep(ctx, 200*time.Millisecond) {
+					continue
+				}
+				warn(run, u)
+				return u.Err()
 			}
-			warn(run, u)
-			return u.Err()
 		},
 	}, nil
 }
@@ -65,16 +76,75 @@ func warn(run *Run, u Usage) {
 	}
 }
 
-// lookTwice proves that nothing holds paths, now and a moment later. It returns what it found first.
+// lookTwice proves that nothing holds paths, now and a moment later, and that nothing changes in
+// between. It returns what it found first.
 func lookTwice(ctx context.Context, paths []string, run *Run) (Usage, error) {
 	u, err := Look(ctx, paths, run.Except...)
 	if err != nil || len(u.Holders) > 0 {
 		return u, err
 	}
+	before := fingerprint(paths)
 	if !sleep(ctx, settlePause) {
 		return u, context.Cause(ctx)
 	}
-	return Look(ctx, paths, run.Except...)
+	if u, err = Look(ctx, paths, run.Except...); err != nil || len(u.Holders) > 0 {
+		return u, err
+	}
+	after := fingerprint(paths)
+	for path, mark := range after {
+		if was, ok := before[path]; !ok || was != mark {
+			u.Holders = append(u.Holders, Holder{Path: path, How: HowChanges, Writing: true})
+			break // one is enough, there may be thousands
+		}
+	}
+	return u, nil
+}
+
+// fileMark changes with whatever is done to a file.
+type fileMark struct {
+	ino, size    int64
+	mtime, ctime unix.Timespec
+}
+
+// fingerprint marks the files near the top of paths. A server without locks (some services alone,
+// external directories) opens files for moments only; what it does shows here, if it is at work.
+func fingerprint(paths []string) map[string]fileMark {
+	const (
+		depth = 3
+		limit = 4096 // some 10 ms of downtime
+	)
+	marks := map[string]fileMark{}
+	type dir struct {
+		path  string
+		depth int
+	}
+	var queue []dir
+	for _, p := range paths {
+		queue = append(queue, dir{p, 0})
+	}
+	for len(queue) > 0 && len(marks) < limit {
+		d := queue[0]
+		queue = queue[1:]
+		var st unix.Stat_t
+		if _, seen := marks[d.path]; seen || unix.Lstat(d.path, &st) != nil {
+			continue
+		}
+		marks[d.path] = fileMark{int64(st.Ino), st.Size, st.Mtim, st.Ctim}
+		if st.Mode&unix.S_IFMT != unix.S_IFDIR || d.depth == depth {
+			continue
+		}
+		f, err := os.Open(d.path)
+		if err != nil {
+			continue
+		}
+		names, _ := f.Readdirnames(limit)
+		f.Close()
+		slices.Sort(names) // the same ones the next time, where there are too many
+		for _, n := range names {
+			queue = append(queue, dir{filepath.Join(d.path, n), d.depth + 1})
+		}
+	}
+	return marks
 }
 
 // waitFree waits for the proof until deadline, and says once in a while what it waits for. more, if
@@ -117,9 +187,9 @@ func freezePlain(ctx context.Context, p Planner, inst *ocis.Instance, sink progr
 	if err != nil {
 		return nil, err
 	}
-	f := &frozen{recipe: plan.Recipe, run: &Run{Progress: sink}}
+	f := &frozen{recipe: plan.Recipe, run: &Run{Progress: sink}, begin: time.Now()}
 	f.record.Method = p.Method()
-	f.record.Stopping = time.Now().UTC()
+	f.record.Stopping = f.begin.UTC()
 	if err := plan.Stop(ctx, f.run); err != nil {
 		return nil, joinThaw(err, f.Thaw(context.WithoutCancel(ctx)))
 	}
@@ -142,6 +212,7 @@ func joinThaw(err, thawErr error) error {
 type frozen struct {
 	recipe Recipe
 	run    *Run
+	begin  time.Time
 
 	once sync.Once
 
@@ -156,7 +227,7 @@ func (f *frozen) Thaw(ctx context.Context) error {
 		var started, ready time.Time
 		started, ready, err = startInstance(ctx, f.recipe, f.run)
 		f.mu.Lock()
-		f.record.Started, f.record.Ready = started, ready
+		f.record.setStarted(f.begin, started, ready)
 		f.mu.Unlock()
 	})
 	return err

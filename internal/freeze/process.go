@@ -22,9 +22,6 @@ import (
 	"github.com/holdfast-backup/holdfast/internal/progress"
 )
 
-// HowRuns is the sign of life of a process that has no file of the instance open.
-const HowRuns = "running"
-
 // ProcessOptions configures the process freezer.
 type ProcessOptions struct {
 	// PID of the server; 0 finds the process called "... server" that uses the data.
@@ -41,10 +38,10 @@ type ProcessOptions struct {
 // ProcessRecipe starts a process again as it was. It holds the environment: keep it secret.
 type ProcessRecipe struct {
 	Old    identity      `json:"old"`
-	Exe    string        `json:"exe"`
-	Args   []string      `json:"args"`
-	Env    []string      `json:"env"`
-	Dir    string        `json:"dir"`
+	Exe    Text          `json:"exe"`
+	Args   Texts         `json:"args"`
+	Env    Texts         `json:"env"`
+	Dir    Text          `json:"dir"`
 	UID    int           `json:"uid"`
 	GID    int           `json:"gid"`
 	Groups []int         `json:"groups"`
@@ -53,9 +50,9 @@ type ProcessRecipe struct {
 	Limits []unix.Rlimit `json:"limits"` // by number of the resource
 	// Stdin, Stdout and Stderr are files; "" is /dev/null for the first, and the log of Holdfast for
 	// the others.
-	Stdin  string `json:"stdin,omitempty"`
-	Stdout string `json:"stdout,omitempty"`
-	Stderr string `json:"stderr,omitempty"`
+	Stdin  Text `json:"stdin,omitempty"`
+	Stdout Text `json:"stdout,omitempty"`
+	Stderr Text `json:"stderr,omitempty"`
 	// Holds: it had files of the instance open, so the new one is up when it has as well.
 	Holds bool `json:"holds"`
 }
@@ -116,7 +113,7 @@ func (p *Process) Plan(ctx context.Context, inst *ocis.Instance) (*Plan, error) 
 			Kind:        KindProcess,
 			Process:     r,
 			Paths:       paths,
-			Ready:       Ready{Command: p.o.ReadyCommand, Dir: dir, Env: env, URL: p.o.ReadyURL, Timeout: p.o.ReadyTimeout},
+			Ready:       Ready{Command: Text(p.o.ReadyCommand), Dir: Text(dir), Env: env, URL: p.o.ReadyURL, Timeout: p.o.ReadyTimeout},
 			StopTimeout: p.o.StopTimeout,
 			Retries:     p.o.StartRetries,
 			Backoff:     p.o.StartBackoff,
@@ -216,14 +213,16 @@ func recordProcess(pid int) (*ProcessRecipe, error) {
 			return nil, errors.New("it runs in a container; stop and start the container instead")
 		}
 	}
-	if r.Exe, err = os.Readlink(dir + "/exe"); err != nil {
+	exe, err := os.Readlink(dir + "/exe")
+	if err != nil {
 		return nil, err
 	}
 	// An update may have replaced the file: then the new one is what starts, as it would anyway.
-	r.Exe = strings.TrimSuffix(r.Exe, " (deleted)")
-	if _, err := os.Stat(r.Exe); err != nil {
+	exe = strings.TrimSuffix(exe, " (deleted)")
+	if _, err := os.Stat(exe); err != nil {
 		return nil, fmt.Errorf("its program is gone: %w", err)
 	}
+	r.Exe = Text(exe)
 	if r.Args, err = readList(dir + "/cmdline"); err != nil {
 		return nil, err
 	}
@@ -233,37 +232,64 @@ func recordProcess(pid int) (*ProcessRecipe, error) {
 	if r.Env, err = readList(dir + "/environ"); err != nil {
 		return nil, err
 	}
-	if r.Dir, err = os.Readlink(dir + "/cwd"); err != nil {
+	cwd, err := os.Readlink(dir + "/cwd")
+	if err != nil {
 		return nil, err
 	}
+	r.Dir = Text(cwd)
 	if err := r.readStatus(dir + "/status"); err != nil {
 		return nil, err
 	}
-	for res := range rlimits {
-		var l unix.Rlimit
-		if err := unix.Prlimit(pid, res, nil, &l); err != nil {
-			return nil, os.NewSyscallError("prlimit", err)
-		}
-		r.Limits = append(r.Limits, l)
+	data, err := os.ReadFile(dir + "/limits") // prlimit wants a capability for processes of others
+	if err != nil {
+		return nil, err
 	}
+	r.Limits = parseLimits(data)
 	if data, err := os.ReadFile(dir + "/oom_score_adj"); err == nil {
 		r.OOM = strings.TrimSpace(string(data))
 	}
-	for fd, target := range []*string{&r.Stdin, &r.Stdout, &r.Stderr} {
+	for fd, target := range []*Text{&r.Stdin, &r.Stdout, &r.Stderr} {
 		link, err := os.Readlink(dir + "/fd/" + strconv.Itoa(fd))
 		if err != nil {
 			continue
 		}
 		// A terminal or a pipe has nobody at its other end any more.
 		if st, err := os.Stat(link); link == os.DevNull || err == nil && st.Mode().IsRegular() {
-			*target = link
+			*target = Text(link)
 		}
 	}
 	return r, nil
 }
 
-// rlimits is the number of resource limits of the kernel (RLIM_NLIMITS).
-const rlimits = 16
+// parseLimits reads /proc/PID/limits, which has a line for each resource in the order of their
+// numbers. It stops at what it does not understand.
+func parseLimits(data []byte) []unix.Rlimit {
+	var list []unix.Rlimit
+	_, lines, _ := strings.Cut(string(data), "\n") // the heading
+	for line := range strings.Lines(lines) {
+		const name = 26 // width of the column
+		if len(line) < name {
+			break
+		}
+		f := strings.Fields(line[name:])
+		if len(f) < 2 {
+			break
+		}
+		var v [2]uint64
+		for i := range v {
+			n, err := strconv.ParseUint(f[i], 10, 64)
+			if f[i] == "unlimited" {
+				n, err = unix.RLIM_INFINITY, nil
+			}
+			if err != nil {
+				return list
+			}
+			v[i] = n
+		}
+		list = append(list, unix.Rlimit{Cur: v[0], Max: v[1]})
+	}
+	return list
+}
 
 func (r *ProcessRecipe) readStatus(path string) error {
 	data, err := os.ReadFile(path)
@@ -469,7 +495,8 @@ func shimMain() int {
 
 // become turns this process into the one recorded. It returns only with an error.
 func (p *ProcessRecipe) become() error {
-	for fd, name := range []string{cmp.Or(p.Stdin, os.DevNull), p.Stdout, p.Stderr} {
+	for fd, target := range []Text{cmp.Or(p.Stdin, os.DevNull), p.Stdout, p.Stderr} {
+		name := string(target)
 		if name == "" {
 			continue
 		}
@@ -485,7 +512,7 @@ func (p *ProcessRecipe) become() error {
 			return os.NewSyscallError("dup", err)
 		}
 	}
-	if err := os.Chdir(p.Dir); err != nil {
+	if err := os.Chdir(string(p.Dir)); err != nil {
 		return err
 	}
 	if p.OOM != "" {
@@ -527,6 +554,6 @@ func (p *ProcessRecipe) become() error {
 			return os.NewSyscallError("setuid", err)
 		}
 	}
-	err := syscall.Exec(p.Exe, p.Args, p.Env)
-	return &os.PathError{Op: "exec", Path: p.Exe, Err: err}
+	err := syscall.Exec(string(p.Exe), p.Args, p.Env)
+	return &os.PathError{Op: "exec", Path: string(p.Exe), Err: err}
 }

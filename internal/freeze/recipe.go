@@ -28,8 +28,8 @@ type Recipe struct {
 	Other   json.RawMessage `json:"other,omitempty"` // of registered kinds
 	// Paths are the data of the instance. Kinds without a test of their own are taken to be ready
 	// when Ready says so.
-	Paths []string `json:"paths,omitempty"`
-	Ready Ready    `json:"ready"`
+	Paths Texts `json:"paths,omitempty"`
+	Ready Ready `json:"ready"`
 	// StopTimeout is how long the instance may take to stop after it was told to.
 	StopTimeout time.Duration `json:"stop_timeout"`
 	// Retries is how often a failed start is tried again.
@@ -40,9 +40,9 @@ type Recipe struct {
 
 // Ready says when a started instance counts as up. The zero value is satisfied by the start alone.
 type Ready struct {
-	Command string   `json:"command,omitempty"` // run by sh until it exits with 0
-	Dir     string   `json:"dir,omitempty"`     // of Command
-	Env     []string `json:"env,omitempty"`     // of Command
+	Command Text  `json:"command,omitempty"` // run by sh until it exits with 0
+	Dir     Text  `json:"dir,omitempty"`     // of Command
+	Env     Texts `json:"env,omitempty"`     // of Command
 	// URL is asked until it answers with a status below 400; the certificate is not looked at.
 	URL     string        `json:"url,omitempty"`
 	Timeout time.Duration `json:"timeout"` // 0 is DefaultReadyTimeout

@@ -90,7 +90,7 @@ func (id identity) alive() bool {
 // state is the record on disk of a freeze, from before the stop until after the start.
 type state struct {
 	Version     int           `json:"version"`
-	BasePath    string        `json:"base_path"`
+	BasePath    Text          `json:"base_path"`
 	Method      string        `json:"method"`
 	Since       time.Time     `json:"since"`
 	MaxDowntime time.Duration `json:"max_downtime"`
@@ -236,14 +236,28 @@ func (e *InUseError) Error() string {
 // free only when both processes have closed them, so it is never unlocked but by closing.
 type instanceLock struct{ files []*os.File }
 
+// lockPatience lets a process end that is just about to, or a child come out of its fork.
+const lockPatience = 500 * time.Millisecond
+
 // lockInstance takes the lock in the state directory, and that of the base directory itself, which
 // also keeps those away that have another state directory. Some network filesystems lock no
 // directories; then the former must do. Without files there is the latter alone.
 //
 // Errors: *InUseError.
 func lockInstance(files stateFiles, base string) (*instanceLock, error) {
+	for deadline := time.Now().Add(lockPatience); ; time.Sleep(lockPatience / 20) {
+		l, err := tryLockInstance(files, base)
+		var inUse *InUseError
+		if !errors.As(err, &inUse) || !time.Now().Before(deadline) {
+			return l, err
+		}
+	}
+}
+
+func tryLockInstance(files stateFiles, base string) (*instanceLock, error) {
 	l := &instanceLock{}
 	busy := func() error {
+		l.release()
 		e := &InUseError{BasePath: base}
 		if s, err := readState(files.record()); err == nil {
 			e.PID, e.Since = s.Owner.PID, s.Since
@@ -259,11 +273,12 @@ func lockInstance(files stateFiles, base string) (*instanceLock, error) {
 			return nil, fmt.Errorf("the state directory cannot be used, so nothing was stopped: %w", err)
 		}
 		l.files = append(l.files, f)
-		if err := flock(f, unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		err = flock(f, unix.LOCK_EX|unix.LOCK_NB)
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			return nil, busy()
+		}
+		if err != nil {
 			l.release()
-			if errors.Is(err, unix.EWOULDBLOCK) {
-				return nil, busy()
-			}
 			return nil, fmt.Errorf("lock %s: %w; the state directory must be on a filesystem with locks", files.lock(), err)
 		}
 	}
@@ -271,12 +286,13 @@ func lockInstance(files stateFiles, base string) (*instanceLock, error) {
 	if err != nil {
 		return l, nil // the missing directory is for others to report
 	}
-	if err := flock(d, unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	err = flock(d, unix.LOCK_EX|unix.LOCK_NB)
+	if errors.Is(err, unix.EWOULDBLOCK) {
 		d.Close()
-		if errors.Is(err, unix.EWOULDBLOCK) {
-			l.release()
-			return nil, busy()
-		}
+		return nil, busy()
+	}
+	if err != nil {
+		d.Close()
 		return l, nil
 	}
 	l.files = append(l.files, d)
@@ -320,7 +336,7 @@ func ReadStatus(stateDir string) ([]Status, error) {
 			continue // thawed this very moment
 		}
 		list = append(list, Status{
-			BasePath: s.BasePath, Method: s.Method, Since: s.Since, MaxDowntime: s.MaxDowntime,
+			BasePath: string(s.BasePath), Method: s.Method, Since: s.Since, MaxDowntime: s.MaxDowntime,
 			Owner: s.Owner.PID, OwnerAlive: s.Owner.alive(),
 			Guard: s.Guard.PID, GuardAlive: s.Guard.alive(),
 			Err: err,
@@ -397,7 +413,7 @@ func Recover(ctx context.Context, stateDir string) ([]Recovered, error) {
 
 func recoverOne(ctx context.Context, f stateFiles) (Recovered, bool) {
 	s, err := readState(f.record())
-	r := Recovered{BasePath: s.BasePath, Method: s.Method, Since: s.Since}
+	r := Recovered{BasePath: string(s.BasePath), Method: s.Method, Since: s.Since}
 	if errors.Is(err, fs.ErrNotExist) {
 		return r, false
 	}
@@ -412,7 +428,7 @@ func recoverOne(ctx context.Context, f stateFiles) (Recovered, bool) {
 		}
 		return r, true
 	}
-	lock, err := lockInstance(f, s.BasePath)
+	lock, err := lockInstance(f, string(s.BasePath))
 	var inUse *InUseError
 	if errors.As(err, &inUse) {
 		r.Busy, r.PID = true, inUse.PID
