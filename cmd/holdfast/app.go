@@ -1,0 +1,277 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"os/signal"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+	"golang.org/x/sys/unix"
+	"golang.org/x/term"
+
+	"github.com/holdfast-backup/holdfast/internal/settings"
+	"github.com/holdfast-backup/holdfast/internal/ui"
+)
+
+// app is what the verbs share. It is made once for a run of the program.
+type app struct {
+	in      *os.File
+	out     io.Writer
+	err     io.Writer
+	environ []string
+
+	root *cobra.Command
+	ui   *ui.Printer
+	set  map[string]settings.Origin // which flags are set, and from where
+	opt  globalOptions
+
+	// held is true from before the instance is stopped until it was started again.
+	held atomic.Bool
+}
+
+// globalOptions are the flags of every verb.
+type globalOptions struct {
+	configFile      string
+	repo            string
+	passwordFile    string
+	passwordCommand string
+	retryLock       time.Duration
+	cacheDir        string
+	json            bool
+	quiet           bool
+	verbose         bool
+}
+
+func (a *app) getenv(name string) (string, bool) {
+	for _, kv := range slices.Backward(a.environ) {
+		if v, ok := strings.CutPrefix(kv, name+"="); ok {
+			return v, true
+		}
+	}
+	return "", false
+}
+
+// run runs one command line and returns the exit code.
+func (a *app) run(args []string) int {
+	ctx, stop := a.signals()
+	defer stop()
+	a.root = a.commands()
+	a.root.SetArgs(args)
+	a.root.SetOut(a.out)
+	a.root.SetErr(a.err)
+	err := explain(ctx, a.root.ExecuteContext(ctx))
+	if a.ui == nil { // it never came to a verb: wrong usage
+		a.opt.json = a.opt.json || slices.Contains(args, "--json")
+		a.show()
+	}
+	code := exitCode(err)
+	a.ui.Close()
+	a.ui.Error(err, code)
+	return code
+}
+
+// commands defines the command line.
+func (a *app) commands() *cobra.Command {
+	root := &cobra.Command{
+		Use:   "holdfast",
+		Short: "Back up and restore Infinite Scale and OpenCloud",
+		Long: `Holdfast backs up a whole Infinite Scale or OpenCloud instance into a restic
+repository, proves that every file is in it, and puts all of it back.
+
+Every flag can also be set by an environment variable (--stop-command is
+HOLDFAST_STOP_COMMAND) and by a key of the settings file (stop-command), in this
+order: flag, environment, file. Exceptions: --repo is HOLDFAST_REPOSITORY and
+"repository"; a password itself comes from HOLDFAST_PASSWORD only, never from a
+flag. RESTIC_REPOSITORY, RESTIC_PASSWORD_FILE, RESTIC_PASSWORD_COMMAND and
+RESTIC_PASSWORD are used where ours are not set.
+
+` + exitHelp(),
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		Args:          a.noSuchCommand,
+		RunE:          func(c *cobra.Command, _ []string) error { return c.Help() },
+	}
+	root.CompletionOptions.SetDefaultShellCompDirective(cobra.ShellCompDirectiveDefault)
+	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
+		return ui.WithHints(withCode(exitUsage, err), fmt.Sprintf("`%s --help` lists the flags.", c.CommandPath()))
+	})
+	f := root.PersistentFlags()
+	f.SortFlags = false
+	f.StringVarP(&a.opt.repo, "repo", "r", "", "`address` of the repository: a directory")
+	f.StringVarP(&a.opt.passwordFile, "password-file", "p", "", "`file` with the repository's password")
+	f.StringVar(&a.opt.passwordCommand, "password-command", "", "shell `command` that prints the password")
+	f.StringVar(&a.opt.configFile, "config-file", "", "settings `file` (default "+settings.DefaultFile+" if it exists)")
+	f.StringVar(&a.opt.cacheDir, "cache-dir", "", "`directory` for what speeds up the next backup; may be deleted at any time")
+	f.DurationVar(&a.opt.retryLock, "retry-lock", 0, "how long to wait for a locked repository, e.g. 10m")
+	f.BoolVar(&a.opt.json, "json", false, "print one JSON object a line")
+	f.BoolVarP(&a.opt.quiet, "quiet", "q", false, "print warnings, errors and what was asked for only")
+	f.BoolVarP(&a.opt.verbose, "verbose", "v", false, "print more")
+
+	root.AddCommand(
+		a.initCommand(), a.backupCommand(), a.snapshotsCommand(), a.lsCommand(), a.restoreCommand(),
+		a.checkCommand(), a.keyCommand(), a.unlockCommand(), a.discoverCommand(),
+		a.versionCommand(), a.generateCommand(),
+	)
+	root.InitDefaultHelpCmd()
+	return root
+}
+
+func (a *app) noSuchCommand(c *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return nil
+	}
+	err := usageError("unknown command %q for %q", args[0], c.CommandPath())
+	c.SuggestionsMinimumDistance = 2
+	if s := c.SuggestionsFor(args[0]); len(s) > 0 {
+		return ui.WithHints(err, fmt.Sprintf("Did you mean `%s %s`?", c.CommandPath(), s[0]))
+	}
+	return ui.WithHints(err, fmt.Sprintf("`%s --help` lists the commands.", c.CommandPath()))
+}
+
+// args makes an argument check whose error is one of usage. want says in words what is wanted.
+func args(lowest, highest int, want string) cobra.PositionalArgs {
+	return func(c *cobra.Command, args []string) error {
+		if len(args) >= lowest && len(args) <= highest {
+			return nil
+		}
+		return ui.WithHints(usageError("%s takes %s, not %s", c.CommandPath(), want, ui.Count(int64(len(args)), "argument")),
+			"Usage: "+c.UseLine())
+	}
+}
+
+// verb wraps the work of a command: settings first, then the display, then the work.
+func (a *app) verb(fn func(ctx context.Context, args []string) error) func(*cobra.Command, []string) error {
+	return func(c *cobra.Command, args []string) error {
+		err := a.settings(c)
+		a.show()
+		if err != nil {
+			return withCode(exitUsage, err)
+		}
+		known := []string{}
+		for _, names := range flagNames(a.root) {
+			known = append(known, names...)
+		}
+		for _, name := range settings.Strangers(a.environ, known) {
+			a.ui.Warn("the variable %s is no setting of Holdfast and is ignored", name)
+		}
+		// Errors take their cause here, where the innermost context is at hand; run adds the rest.
+		return fn(c.Context(), args)
+	}
+}
+
+// settings fills the flags that the command line left alone.
+func (a *app) settings(c *cobra.Command) error {
+	path, must := a.opt.configFile, true
+	if path == "" {
+		path, _ = a.getenv(settings.Variable("config-file"))
+	}
+	if path == "" {
+		path, must = settings.DefaultFile, false
+	}
+	file, err := settings.ReadFile(path, flagNames(a.root))
+	if errors.Is(err, fs.ErrNotExist) && !must {
+		file, err = nil, nil
+	}
+	if err != nil {
+		return err
+	}
+	verb := strings.TrimPrefix(c.CommandPath(), a.root.Name()+" ")
+	a.set, err = settings.Apply(c.Flags(), verb, file, a.getenv)
+	return err
+}
+
+// flagNames lists the flags of every verb.
+func flagNames(root *cobra.Command) map[string][]string {
+	out := map[string][]string{}
+	var walk func(c *cobra.Command)
+	walk = func(c *cobra.Command) {
+		if c.Runnable() && c != root {
+			var names []string
+			add := func(f *pflag.Flag) { names = append(names, f.Name) }
+			c.LocalFlags().VisitAll(add)
+			c.InheritedFlags().VisitAll(add)
+			out[strings.TrimPrefix(c.CommandPath(), root.Name()+" ")] = names
+		}
+		for _, s := range c.Commands() {
+			walk(s)
+		}
+	}
+	walk(root)
+	return out
+}
+
+// show makes the display that the settings ask for.
+func (a *app) show() {
+	o := ui.Options{Out: a.out, Err: a.err, JSON: a.opt.json, Quiet: a.opt.quiet, Verbose: a.opt.verbose}
+	if f, ok := a.err.(*os.File); ok && term.IsTerminal(int(f.Fd())) {
+		if t, _ := a.getenv("TERM"); t != "dumb" {
+			o.Width = func() int {
+				w, _, err := term.GetSize(int(f.Fd()))
+				if err != nil || w <= 0 {
+					return 80
+				}
+				return w
+			}
+		}
+	}
+	a.ui = ui.New(o)
+}
+
+// signals returns a context that SIGINT, SIGTERM and SIGHUP cancel. A further signal ends the
+// program at once, except while the instance is held: then it must be started again first.
+func (a *app) signals() (context.Context, func()) {
+	ctx, cancel := context.WithCancelCause(context.Background())
+	var catch []os.Signal
+	for _, s := range []os.Signal{os.Interrupt, syscall.SIGTERM, syscall.SIGHUP} {
+		if !signal.Ignored(s) { // started by nohup, or in the background
+			catch = append(catch, s)
+		}
+	}
+	if len(catch) == 0 {
+		return ctx, func() { cancel(nil) }
+	}
+	ch := make(chan os.Signal, 8)
+	signal.Notify(ch, catch...)
+	go func() {
+		for n := 1; ; n++ {
+			var s os.Signal
+			select {
+			case s = <-ch:
+			case <-ctx.Done():
+				if n == 1 { // the program is over
+					return
+				}
+				s = <-ch
+			}
+			cancel(fmt.Errorf("%w by %s", errInterrupted, unix.SignalName(s.(syscall.Signal))))
+			switch {
+			case a.held.Load():
+				a.notice("interrupted: the service is being started again first; please wait")
+			case n == 1:
+				a.notice("interrupted: cleaning up; interrupt again to end at once")
+			default:
+				signal.Reset(s)
+				_ = syscall.Kill(os.Getpid(), s.(syscall.Signal))
+			}
+		}
+	}()
+	return ctx, func() { signal.Stop(ch); cancel(nil) }
+}
+
+func (a *app) notice(s string) {
+	if a.ui != nil {
+		a.ui.Warn("%s", s)
+		return
+	}
+	fmt.Fprintln(a.err, s)
+}

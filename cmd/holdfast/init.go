@@ -1,0 +1,75 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/spf13/cobra"
+
+	"github.com/holdfast-backup/holdfast/internal/backend"
+	"github.com/holdfast-backup/holdfast/internal/repo"
+	"github.com/holdfast-backup/holdfast/internal/ui"
+)
+
+// passwordCare is shown once, when a repository is made.
+const passwordCare = `Keep the password safe now, and not only on this machine:
+  - Without the password nobody can read this repository, and nobody can reset it.
+  - Store it where you will find it when this server and its disks are gone: a
+    password manager, a printed sheet in a safe, a second person.
+  - Do not store it inside the instance that you back up.
+  - The repository holds the secrets of the instance, encrypted. Who has both the
+    repository and the password has everything.
+  - A second password can be added with ` + "`holdfast key add`" + `, for a second place.`
+
+func (a *app) initCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "init",
+		Short: "Make a new repository",
+		Long: `Make a new repository in an empty or missing directory. It has restic's format,
+version 2, and restic can read it.
+
+` + exitHelp(exitDone, exitError, exitUsage, exitInterrupted),
+		Example: `  holdfast init --repo /srv/backup/cloud --password-file /etc/holdfast/password`,
+		Args:    args(0, 0, "no arguments"),
+		RunE:    a.verb(func(ctx context.Context, _ []string) error { return a.init(ctx) }),
+	}
+}
+
+func (a *app) init(ctx context.Context) error {
+	be, err := a.backend()
+	if err != nil {
+		return err
+	}
+	defer be.Close()
+	where := ui.Quote(be.Location())
+	switch _, err := be.Stat(ctx, backend.Handle{Type: backend.ConfigFile}); {
+	case err == nil:
+		return ui.WithHints(fmt.Errorf("cannot make a repository at %s: there is one already", where),
+			"`holdfast snapshots` lists what it holds.")
+	case !errors.Is(err, backend.ErrNotExist):
+		return fmt.Errorf("cannot make a repository at %s: %w", where, err)
+	}
+	pw, err := a.password(ctx, true)
+	if err != nil {
+		return err
+	}
+	r, err := repo.Init(ctx, be, pw, repo.InitOptions{})
+	if err != nil {
+		return fmt.Errorf("cannot make a repository at %s: %w", where, err)
+	}
+	if a.ui.JSON() {
+		a.ui.Object(struct {
+			Event      string `json:"event"`
+			Verb       string `json:"verb"`
+			ID         string `json:"id"`
+			Repository string `json:"repository"`
+			Version    uint   `json:"version"`
+		}{"summary", "init", r.ID(), be.Location(), r.Version()})
+		return nil
+	}
+	if !a.ui.Quiet() {
+		a.ui.Text(fmt.Sprintf("made repository %.8s at %s", r.ID(), where), "", passwordCare)
+	}
+	return nil
+}

@@ -1,0 +1,147 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"time"
+
+	"github.com/holdfast-backup/holdfast/internal/backend"
+	"github.com/holdfast-backup/holdfast/internal/backend/local"
+	"github.com/holdfast-backup/holdfast/internal/backend/retry"
+	"github.com/holdfast-backup/holdfast/internal/progress"
+	"github.com/holdfast-backup/holdfast/internal/repo"
+	"github.com/holdfast-backup/holdfast/internal/ui"
+)
+
+// scheme matches what begins an address that is no plain path. A path with a colon can be written
+// with "./" or "local:" before it.
+var scheme = regexp.MustCompile(`^([a-z0-9]+):`)
+
+// backend finds the driver for the repository's address.
+func (a *app) backend() (backend.Backend, error) {
+	addr := a.opt.repo
+	if addr == "" {
+		return nil, ui.WithHints(usageError("no repository was named"),
+			"Set --repo, the variable HOLDFAST_REPOSITORY, or the key repository of the settings file.")
+	}
+	if m := scheme.FindStringSubmatch(addr); m != nil {
+		if m[1] != "local" {
+			return nil, ui.WithHints(usageError("repository %s: addresses that begin with %q are not known", ui.Quote(addr), m[0]),
+				"A repository is a directory: /srv/backup, or local:/srv/backup.")
+		}
+		addr = addr[len("local:"):]
+	}
+	dir, err := filepath.Abs(addr)
+	if err != nil {
+		return nil, fmt.Errorf("repository %s: %w", ui.Quote(addr), err)
+	}
+	return retry.New(local.New(dir), retry.Options{Report: func(op string, h backend.Handle, err error, wait time.Duration) {
+		a.ui.Warn("%s of %s failed, trying again in %s: %v", op, h, ui.Duration(wait), err)
+	}}), nil
+}
+
+// repoOptions are the flags of verbs that write into the repository.
+type repoOptions struct {
+	compression string
+	packSize    int // MiB
+}
+
+func (o repoOptions) options() (repo.Options, error) {
+	out := repo.Options{PackSize: int64(o.packSize) << 20}
+	switch o.compression {
+	case "", "auto":
+		out.Compression = repo.CompressionAuto
+	case "off":
+		out.Compression = repo.CompressionOff
+	case "max":
+		out.Compression = repo.CompressionMax
+	default:
+		return out, usageError("--compression is auto, off or max, not %q", o.compression)
+	}
+	if o.packSize != 0 && (o.packSize < 4 || o.packSize > 128) {
+		return out, usageError("--pack-size is 4 to 128 (MiB), not %d", o.packSize)
+	}
+	return out, nil
+}
+
+// lockMode says what others may do with the repository meanwhile.
+type lockMode int
+
+const (
+	lockNone      lockMode = iota // anything
+	lockShared                    // read and add
+	lockExclusive                 // nothing
+)
+
+// withRepository opens the repository, locks it, and runs fn. The context that fn gets ends when
+// the lock is lost.
+func (a *app) withRepository(ctx context.Context, ro repoOptions, mode lockMode, fn func(context.Context, *repo.Repository) error) error {
+	o, err := ro.options()
+	if err != nil {
+		return err
+	}
+	be, err := a.backend()
+	if err != nil {
+		return err
+	}
+	defer be.Close()
+	// Nobody should have to type a password to learn that the path is wrong.
+	if _, err := be.Stat(ctx, backend.Handle{Type: backend.ConfigFile}); errors.Is(err, backend.ErrNotExist) {
+		return fmt.Errorf("%w at %s", repo.ErrNoRepository, ui.Quote(be.Location()))
+	} else if err != nil {
+		return fmt.Errorf("cannot open the repository: %w", err)
+	}
+	pw, err := a.password(ctx, false)
+	if err != nil {
+		return err
+	}
+	r, err := repo.Open(ctx, be, pw, o)
+	if err != nil {
+		return err // says where
+	}
+	if mode != lockNone {
+		lock, lctx, err := r.Lock(ctx, repo.LockOptions{Exclusive: mode == lockExclusive, RetryFor: a.opt.retryLock})
+		if err != nil {
+			return err // says where and by whom
+		}
+		defer lock.Unlock()
+		ctx = lctx
+	}
+	return explain(ctx, fn(ctx, r))
+}
+
+// loadIndex reads the index, which may take a while.
+func (a *app) loadIndex(ctx context.Context, r *repo.Repository) error {
+	sink := a.ui.Sink()
+	sink.Emit(progress.Event{Kind: progress.Verbose, Message: "reading the index"})
+	if err := r.LoadIndex(ctx); err != nil {
+		return ui.WithHints(fmt.Errorf("cannot read the index of the repository: %w", err),
+			"`holdfast check` tells what is damaged.")
+	}
+	return nil
+}
+
+// cacheDir is where the cache lies: as set, the service's own, or the usual place of the user.
+// It is "" if there is none; then a backup works without.
+func (a *app) cacheDir() string {
+	if a.opt.cacheDir != "" {
+		return a.opt.cacheDir
+	}
+	if d, ok := a.getenv("CACHE_DIRECTORY"); ok && filepath.IsAbs(d) { // systemd, CacheDirectory=
+		return d
+	}
+	if d, ok := a.getenv("XDG_CACHE_HOME"); ok && filepath.IsAbs(d) {
+		return filepath.Join(d, "holdfast")
+	}
+	if os.Geteuid() == 0 {
+		return "/var/cache/holdfast"
+	}
+	if d, ok := a.getenv("HOME"); ok && filepath.IsAbs(d) {
+		return filepath.Join(d, ".cache", "holdfast")
+	}
+	return ""
+}

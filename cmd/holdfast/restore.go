@@ -1,0 +1,326 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/holdfast-backup/holdfast/internal/freeze"
+	"github.com/holdfast-backup/holdfast/internal/ocis"
+	"github.com/holdfast-backup/holdfast/internal/repo"
+	"github.com/holdfast-backup/holdfast/internal/restore"
+	"github.com/holdfast-backup/holdfast/internal/snapshot"
+	"github.com/holdfast-backup/holdfast/internal/ui"
+)
+
+// restoreFlags are the flags of restore. In place, --base-data-path, --config-dir and --map are the
+// destination.
+type restoreFlags struct {
+	place                    placeFlags
+	start                    freezeFlags
+	overwrite, trustTimes    bool
+	dryRun, noLock, allowVer bool
+	owner                    string
+	only                     []string
+	environmentDir           string
+	reindex                  string
+}
+
+func (a *app) restoreCommand() *cobra.Command {
+	var f restoreFlags
+	c := &cobra.Command{
+		Use:   "restore SNAPSHOT",
+		Short: "Put the whole instance back",
+		Long: `Put the whole instance back, to where it was or elsewhere. SNAPSHOT is "latest",
+"latest~1" for the one before it, or the beginning of an id.
+
+The destination must be empty. With --overwrite only what differs is written, and what
+is in the way is moved into a dated folder beside it. Nothing is ever restored onto a
+running instance. An interrupted restore goes on when it is run again.
+
+The server at the destination must have the version that the snapshot was made with:
+restoring and updating are different tasks. Where Holdfast can tell the version (from
+--server-binary, --container or what is installed), it stops if it is another one.
+
+What configured the instance from outside (environment files, compose files, units) is
+not put back, because its place belongs to the machine; --environment-dir writes it
+into a folder to look at.
+
+` + exitHelp(append([]int{exitNotStarted}, repoCodes...)...),
+		Example: `  holdfast restore latest
+  holdfast restore latest --base-data-path /srv/new/data --config-dir /srv/new/config
+  holdfast restore latest --start-command 'systemctl start ocis' \
+      --reindex-command 'ocis search index --all-spaces'`,
+		Args: args(1, 1, "one argument, the snapshot"),
+		RunE: a.verb(func(ctx context.Context, args []string) error { return a.restore(ctx, args[0], &f) }),
+	}
+	p, fs := &f.place, c.Flags()
+	fs.StringVar(&p.baseDataPath, "base-data-path", "", "`directory` to restore the base data path to (default: where it was)")
+	fs.StringVar(&p.configDir, "config-dir", "", "`directory` to restore the configuration to (default: where it was)")
+	fs.StringArrayVar(&p.maps, "map", nil, "restore what was at OLD to NEW: `OLD=NEW`; OLD may be the server's own name of it; may be repeated")
+	fs.BoolVar(&f.overwrite, "overwrite", false, "restore onto what is there; what is in the way is moved aside")
+	fs.BoolVar(&f.trustTimes, "trust-times", false, "with --overwrite: do not read files whose size and time are right")
+	fs.StringVar(&f.owner, "owner", "", "give everything to `UID:GID` instead of the recorded owners")
+	fs.StringArrayVar(&f.only, "only", nil, "restore this data `set` only; may be repeated")
+	fs.BoolVarP(&f.dryRun, "dry-run", "n", false, "change nothing, tell what would be done")
+	fs.BoolVar(&f.allowVer, "allow-version", false, "restore although the server here has another version")
+	fs.StringVar(&p.serverBinary, "server-binary", "", "the program `file` of the server here, to ask it for its version")
+	fs.StringVar(&p.container, "container", "", "the Docker `container` of the server here, to tell its version")
+	fs.StringVar(&p.unit, "unit", "", "the systemd `unit` of the server here, to find its program")
+	fs.StringVar(&f.environmentDir, "environment-dir", "", "write what configured the instance from outside into this `directory`")
+	fs.StringVar(&f.start.start, "start-command", "", "shell `command` that starts the instance after the restore")
+	fs.StringVar(&f.start.ready, "ready-command", "", "shell `command` that succeeds as soon as the instance is ready")
+	fs.StringVar(&f.start.url, "ready-url", "", "`address` that answers as soon as the instance is ready")
+	fs.DurationVar(&f.start.readyTimeout, "ready-timeout", freeze.DefaultReadyTimeout, "how long it may take to be ready")
+	fs.StringVar(&f.reindex, "reindex-command", "", "shell `command` that makes the search index anew; run after the start\nif the snapshot holds no index")
+	noLockFlag(c, &f.noLock)
+	return c
+}
+
+func (a *app) restore(ctx context.Context, arg string, f *restoreFlags) error {
+	if f.reindex != "" && f.start.start == "" {
+		return ui.WithHints(usageError("--reindex-command needs --start-command: the running instance makes its index"),
+			"Set --start-command, or run the command yourself after the start.")
+	}
+	owner, err := parseOwner(f.owner)
+	if err != nil {
+		return err
+	}
+	maps, err := parseMaps(f.place.maps)
+	if err != nil {
+		return err
+	}
+	what, path := snapshot.Split(arg)
+	if path != "/" {
+		return ui.WithHints(usageError("restore puts back whole instances, not the path %s of a snapshot", ui.Quote(path)),
+			"restic can restore a folder: restic restore ID --include PATH --target DIR")
+	}
+	var plan *restore.Plan
+	var sn *snapshot.Snapshot
+	var env []environmentFile
+	err = a.withRepository(ctx, repoOptions{}, readLock(f.noLock), func(ctx context.Context, r *repo.Repository) error {
+		if sn, err = a.findSnapshot(ctx, r, what); err != nil {
+			return err
+		}
+		if err := a.loadIndex(ctx, r); err != nil {
+			return err
+		}
+		o := restore.Options{
+			BasePath: f.place.baseDataPath, ConfigDir: f.place.configDir, Overwrite: f.overwrite, TrustTimes: f.trustTimes,
+			Owner: owner, DryRun: f.dryRun, Only: f.only, Progress: a.ui.Sink(),
+		}
+		if sn.Tree != nil {
+			// Without a manifest there is nothing to translate; MakePlan says what is wrong.
+			if m, err := snapshot.LoadManifest(ctx, r, *sn.Tree); err == nil {
+				o.Map = hostMaps(m, maps)
+				o.BasePath = moved(o.BasePath, m.BasePath)
+				o.ConfigDir = moved(o.ConfigDir, m.ConfigDir)
+			}
+		}
+		if plan, err = restore.MakePlan(ctx, r, sn, o); err != nil {
+			return cannotRestore(sn, err)
+		}
+		for _, w := range plan.Warnings {
+			a.ui.Warn("%s", w)
+		}
+		if n := len(plan.Manifest.Proof.Missing); !plan.Manifest.Proof.Complete {
+			a.ui.Warn("the snapshot is incomplete, %s missing: `holdfast check` lists what", ui.Count(int64(n), "blob"))
+		}
+		if err := a.nothingRuns(ctx, plan, f.dryRun); err != nil {
+			return cannotRestore(sn, err)
+		}
+		if err := a.sameVersion(ctx, plan, f); err != nil {
+			return cannotRestore(sn, err)
+		}
+		if env, err = environment(ctx, r, sn); err != nil {
+			return cannotRestore(sn, err)
+		}
+		res, err := restore.Run(ctx, r, plan)
+		if res != nil {
+			a.showRestore(sn, plan, res, env, f)
+		}
+		if err != nil {
+			return cannotRestore(sn, err)
+		}
+		if f.environmentDir != "" && !f.dryRun {
+			if err := writeEnvironment(ctx, r, env, f.environmentDir); err != nil {
+				return fmt.Errorf("the instance is restored, but what configured it from outside could not be written: %w", err)
+			}
+		}
+		return nil
+	})
+	if err != nil || f.dryRun {
+		return err
+	}
+	return a.startRestored(ctx, plan, f)
+}
+
+func cannotRestore(sn *snapshot.Snapshot, err error) error {
+	return fmt.Errorf("restore of snapshot %s: %w", sn.ID().Short(), err)
+}
+
+func parseOwner(s string) (*restore.Owner, error) {
+	if s == "" {
+		return nil, nil
+	}
+	u, g, _ := strings.Cut(s, ":")
+	uid, err1 := strconv.ParseUint(u, 10, 31)
+	gid, err2 := strconv.ParseUint(g, 10, 31)
+	if err1 != nil || err2 != nil {
+		return nil, usageError("--owner is UID:GID in numbers, such as 1000:1000, not %q", s)
+	}
+	return &restore.Owner{UID: int(uid), GID: int(gid)}, nil
+}
+
+// nothingRuns refuses a destination that something uses.
+func (a *app) nothingRuns(ctx context.Context, plan *restore.Plan, dryRun bool) error {
+	use, err := freeze.Look(ctx, plan.Paths())
+	if err != nil {
+		return err
+	}
+	for _, l := range use.Limits {
+		a.ui.Warn("%s", l)
+	}
+	if err := use.Err(); err != nil {
+		if dryRun {
+			a.ui.Warn("a restore would be refused: %v", err)
+			return nil
+		}
+		return err
+	}
+	return nil
+}
+
+// startRestored starts the instance, if that is wanted, and has its index made anew.
+func (a *app) startRestored(ctx context.Context, plan *restore.Plan, f *restoreFlags) error {
+	if f.start.start == "" {
+		return nil
+	}
+	// The freezer knows how to start and to wait; there is nothing to stop.
+	f.start.stop, f.start.method = ":", "command"
+	f.start.stopTimeout, f.start.maxDowntime = freeze.DefaultStopTimeout, freeze.DefaultMaxDowntime
+	fz, err := f.start.freezer(a.ui.Sink())
+	if err != nil {
+		return err
+	}
+	inst := &ocis.Instance{}
+	for _, t := range plan.Targets {
+		inst.DataSets = append(inst.DataSets, ocis.DataSet{Name: t.DataSet, Path: t.To, Found: true})
+	}
+	inst.BasePath = inst.DataSets[0].Path
+	a.ui.Info("starting the instance")
+	a.held.Store(true)
+	defer a.held.Store(false)
+	frozen, err := fz.Freeze(ctx, inst)
+	if err == nil {
+		err = frozen.Thaw(context.WithoutCancel(ctx))
+	}
+	if err != nil {
+		return fmt.Errorf("the instance is restored, but: %w", err)
+	}
+	if f.reindex == "" || !indexMissing(plan.Manifest) {
+		return nil
+	}
+	a.ui.Info("making the search index anew")
+	if err := a.shell(ctx, f.reindex); err != nil {
+		return ui.WithHints(fmt.Errorf("the instance is restored and runs, but the search index was not made: %w", err), indexHint(plan.Manifest))
+	}
+	return nil
+}
+
+// indexMissing tells whether the search index was left out of the snapshot.
+func indexMissing(m *snapshot.Manifest) bool {
+	for _, d := range m.DataSets {
+		if d.Name == "search" {
+			return !d.Captured
+		}
+	}
+	return false
+}
+
+// indexHint tells how to make the index anew (product reference, "Regenerating what was not restored").
+func indexHint(m *snapshot.Manifest) string {
+	bin := "ocis"
+	if m.Product == string(ocis.OpenCloud) {
+		bin = "opencloud"
+	}
+	return fmt.Sprintf("Make the search index anew once the instance runs: `%s search index --all-spaces`.", bin)
+}
+
+// restoreSummary is the final object of a restore.
+type restoreSummary struct {
+	Event    string `json:"event"`
+	Verb     string `json:"verb"`
+	DryRun   bool   `json:"dry_run"`
+	Snapshot string `json:"snapshot"`
+	*restore.Result
+	Seconds      float64  `json:"seconds"`
+	Environment  []string `json:"environment"`
+	IndexMissing bool     `json:"index_missing"`
+}
+
+func (a *app) showRestore(sn *snapshot.Snapshot, plan *restore.Plan, res *restore.Result, env []environmentFile, f *restoreFlags) {
+	names := []string{}
+	for _, e := range env {
+		names = append(names, e.name)
+	}
+	if a.ui.JSON() {
+		a.ui.Object(restoreSummary{
+			"summary", "restore", f.dryRun, sn.ID().String(), res, res.Elapsed.Seconds(), names, indexMissing(plan.Manifest),
+		})
+		return
+	}
+	if !a.ui.Quiet() {
+		verb := "restored snapshot %s (%s) in %s"
+		if f.dryRun {
+			verb = "dry run, nothing changed; restoring snapshot %s (%s) would do this; took %s"
+		}
+		m := plan.Manifest
+		product := cmp.Or(strings.TrimSpace(m.Product+" "+m.ProductVersion), "unknown product")
+		a.ui.Text(fmt.Sprintf(verb, sn.ID().Short(), ui.Quote(product), ui.Duration(res.Elapsed)))
+		var rows [][]string
+		for _, d := range res.DataSets {
+			rows = append(rows, []string{
+				ui.Quote(d.Name), strconv.FormatInt(d.Files, 10), strconv.FormatInt(d.Unchanged, 10), ui.Bytes(d.Bytes),
+				strconv.FormatInt(d.MovedAside, 10), ui.Quote(d.Path),
+			})
+		}
+		a.ui.Text(ui.Table([]string{"Data set", ">Written", ">Unchanged", ">Size", ">Moved", "Location"}, rows)...)
+		for _, p := range res.Aside {
+			a.ui.Text("what was in the way is in " + ui.Quote(p))
+		}
+	}
+	if len(env) > 0 && !a.ui.Quiet() {
+		lines := []string{"", "Configured from outside; compare it with this machine, and put it where the server reads it:"}
+		for _, e := range env {
+			lines = append(lines, fmt.Sprintf("  %s (%s)", ui.Quote(e.name), ui.Bytes(int64(e.node.Size))))
+		}
+		where := "--environment-dir DIR writes these files into a folder; they may hold secrets"
+		if f.environmentDir != "" {
+			where = "they are written into " + ui.Quote(f.environmentDir)
+		}
+		a.ui.Text(append(lines, where)...)
+	}
+	if indexMissing(plan.Manifest) && f.reindex == "" && !f.dryRun {
+		a.ui.Info("the snapshot holds no search index. %s", indexHint(plan.Manifest))
+	}
+}
+
+// errOtherVersion is wrapped in the refusal of a destination with another version.
+var errOtherVersion = errors.New("the server here has another version")
+
+// absent tells whether nothing is at any of the paths.
+func absent(paths []string) bool {
+	for _, p := range paths {
+		if d, err := os.ReadDir(p); err == nil && len(d) > 0 {
+			return false
+		}
+	}
+	return true
+}
