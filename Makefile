@@ -1,0 +1,51 @@
+# make test and make demo install what they need; see CONTRIBUTING.md.
+
+GO      ?= go
+PREFIX  ?= /usr/local
+VERSION ?=
+LDFLAGS := $(if $(VERSION),-X main.version=$(VERSION))
+
+.PHONY: all build test demo deps lint fuzz bench dist install clean
+
+all: build
+
+build:
+	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o holdfast ./cmd/holdfast
+
+# gofmt, vet, staticcheck, all tests with the race detector; no test may be skipped, and nothing
+# may be left behind. The last line is "N passed, N failed".
+test: deps
+	$(GO) run ./scripts/runtests
+
+# What the linters say, without the tests.
+lint:
+	$(GO) run ./scripts/runtests -lint
+
+demo: deps
+	$(GO) run ./internal/demo
+
+deps:
+	scripts/install-test-deps.sh
+
+# Each fuzz target for FUZZTIME.
+FUZZTIME ?= 30s
+fuzz:
+	scripts/fuzz.sh $(FUZZTIME)
+
+bench:
+	$(GO) run ./bench/...
+
+# Man pages and completions.
+dist: build
+	./holdfast generate --man dist/man --completions dist/completions
+
+install: dist
+	install -D -m 0755 holdfast $(DESTDIR)$(PREFIX)/bin/holdfast
+	install -d $(DESTDIR)$(PREFIX)/share/man/man1
+	install -m 0644 dist/man/*.1 $(DESTDIR)$(PREFIX)/share/man/man1/
+	install -D -m 0644 dist/completions/holdfast.bash $(DESTDIR)$(PREFIX)/share/bash-completion/completions/holdfast
+	install -D -m 0644 dist/completions/_holdfast $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_holdfast
+	install -D -m 0644 dist/completions/holdfast.fish $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/holdfast.fish
+
+clean:
+	rm -rf holdfast dist

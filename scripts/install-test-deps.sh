@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Installs the programs that the tests and the demo call, if they are missing. Debian and Ubuntu;
+# elsewhere it names what is missing.
+set -euo pipefail
+
+# program:package
+want=(
+  make:make
+  gcc:gcc # the race detector needs it
+  restic:restic
+  borg:borgbackup
+  mkfs.btrfs:btrfs-progs
+  mkfs.xfs:xfsprogs
+  mkfs.ext4:e2fsprogs
+  losetup:mount
+  tar:tar
+  zstd:zstd
+)
+PATH=$PATH:/usr/sbin:/sbin
+missing=()
+for w in "${want[@]}"; do
+  command -v "${w%%:*}" >/dev/null || missing+=("${w#*:}")
+done
+# gcc comes without the C library's headers where recommended packages are left out.
+[ -e /usr/include/stdlib.h ] || missing+=(libc6-dev)
+[ ${#missing[@]} -gt 0 ] || exit 0
+
+if ! command -v apt-get >/dev/null; then
+  echo "error: missing: ${missing[*]}" >&2
+  echo "hint:  Install these packages, or what your system calls them, and try again." >&2
+  exit 1
+fi
+as_root=()
+if [ "$(id -u)" != 0 ]; then
+  command -v sudo >/dev/null || {
+    echo "error: cannot install ${missing[*]}: neither root nor sudo" >&2
+    exit 1
+  }
+  as_root=(sudo)
+fi
+echo "installing ${missing[*]}"
+"${as_root[@]}" apt-get -q update
+"${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -q -y --no-install-recommends install "${missing[@]}"
