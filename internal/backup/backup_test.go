@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -52,7 +53,7 @@ func child() int {
 	ctx := context.Background()
 	var be backend.Backend = local.New(os.Getenv(envRepo))
 	if n, err := strconv.Atoi(os.Getenv(envKillAt)); err == nil {
-		be = &killer{Backend: be, at: n}
+		be = &killer{Backend: be, at: int64(n)}
 	}
 	r, err := repo.Open(ctx, be, "pw", repo.Options{PackSize: 1 << 20})
 	if err == nil {
@@ -68,12 +69,13 @@ func child() int {
 // killer kills its own process before the nth write to the repository.
 type killer struct {
 	backend.Backend
-	at, n int
+	at int64
+	n  atomic.Int64
 }
 
 func (k *killer) Save(ctx context.Context, h backend.Handle, data []byte) error {
 	if h.Type != backend.LockFile {
-		if k.n++; k.n == k.at {
+		if k.n.Add(1) == k.at {
 			_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
 			select {}
 		}

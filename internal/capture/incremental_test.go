@@ -129,7 +129,8 @@ func TestEachChangeIsSeen(t *testing.T) {
 func TestJustChangedIsReadAgain(t *testing.T) {
 	s := newTinyStore(t)
 	r, _ := newRepo(t)
-	now := time.Now
+	at := time.Now() // a clock that stands still, because a slow machine takes longer than the window
+	now := func() time.Time { return at }
 	first, sn, _ := run(t, r, s.inst, capture.Options{Now: now})
 	res, again, _ := run(t, r, s.inst, capture.Options{Cache: first.Cache, Parent: sn, Now: now})
 	if res.Stats.BytesRead == 0 {
