@@ -44,13 +44,38 @@ type saver struct {
 	// busy bounds how many chunks are compressed at once, since each needs buffers of its own: more
 	// than processors would only cost memory.
 	busy  chan struct{}
-	bufs  sync.Pool
-	small sync.Pool
+	bufs  freeList
+	small freeList
 	// zeros is the blob of the largest chunk of zeros, for holes that need not be read.
 	zeros struct {
 		once sync.Once
 		id   id.ID
 		err  error
+	}
+}
+
+// freeList keeps buffers of one size. A sync.Pool would drop them at each garbage collection, and the
+// kernel clears every page of a new one: a tenth of the time of a first backup.
+type freeList struct {
+	size int
+	free chan []byte
+}
+
+func newFreeList(size, keep int) freeList { return freeList{size, make(chan []byte, keep)} }
+
+func (l *freeList) get() []byte {
+	select {
+	case b := <-l.free:
+		return b
+	default:
+		return make([]byte, l.size)
+	}
+}
+
+func (l *freeList) put(b []byte) {
+	select {
+	case l.free <- b:
+	default:
 	}
 }
 
@@ -61,8 +86,8 @@ const smallFile = 512 << 10
 
 func newSaver(t Target, seed [32]byte, read *atomic.Int64) *saver {
 	s := &saver{target: t, read: read, busy: make(chan struct{}, runtime.GOMAXPROCS(0)), files: chunk.New(seed, fileChunks), tars: chunk.New(seed, tarChunks)}
-	s.bufs.New = func() any { b := make([]byte, fileBuffer); return &b }
-	s.small.New = func() any { b := make([]byte, smallFile+1); return &b }
+	s.bufs = newFreeList(fileBuffer, 2*runtime.GOMAXPROCS(0))
+	s.small = newFreeList(smallFile+1, 4*runtime.GOMAXPROCS(0))
 	return s
 }
 
@@ -123,9 +148,8 @@ func (s *saver) file(ctx context.Context, f *os.File, e *entry, wantSHA1 bool) (
 	if e.size <= smallFile {
 		pool = &s.small
 	}
-	bp := pool.Get().(*[]byte)
-	defer pool.Put(bp)
-	buf := *bp
+	buf := pool.get()
+	defer pool.put(buf)
 	fill, eof := 0, false
 	for {
 		if err := ctx.Err(); err != nil {
@@ -142,10 +166,10 @@ func (s *saver) file(ctx context.Context, f *os.File, e *entry, wantSHA1 bool) (
 			}
 			if pool == &s.small && fill > smallFile {
 				// The file grew: go on with room for whole chunks.
-				nb := s.bufs.Get().(*[]byte)
-				defer s.bufs.Put(nb)
-				copy(*nb, buf[:fill])
-				buf, pool = *nb, &s.bufs
+				nb := s.bufs.get()
+				defer s.bufs.put(nb)
+				copy(nb, buf[:fill])
+				buf, pool = nb, &s.bufs
 			}
 		}
 		used, err := s.cutAll(ctx, buf[:fill], eof, h, &c)
@@ -317,9 +341,8 @@ func (s *sectionFile) Read(p []byte) (int, error) {
 
 func (s *saver) section(ctx context.Context, r io.Reader, h hash.Hash) (content, error) {
 	var c content
-	bp := s.bufs.Get().(*[]byte)
-	defer s.bufs.Put(bp)
-	buf := *bp
+	buf := s.bufs.get()
+	defer s.bufs.put(buf)
 	fill := 0
 	for {
 		n, err := io.ReadFull(r, buf[fill:])

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"math/bits"
 	"runtime"
 	"sync"
 
@@ -217,24 +218,36 @@ func decompressFile(p []byte) ([]byte, error) {
 	return nil, fmt.Errorf("unknown encoding %d; is the repository newer than this program?", p[0])
 }
 
-// buffers holds byte slices of all sizes up to some MiB.
-var buffers = sync.Pool{New: func() any { return new([]byte) }}
+// buffers are kept by size, in powers of two from 4 KiB: in one pool for all, a large blob would
+// mostly meet a small buffer and drop it.
+var buffers [maxClass + 1]sync.Pool
 
-// maxPooled bounds what stays in the pool, in bytes: a giant tree must not stay for ever.
-const maxPooled = 16 << 20
+const (
+	minClass = 12
+	// maxClass bounds what stays in the pools: 16 MiB. A giant tree must not stay for ever.
+	maxClass = 24
+)
+
+func class(capacity int) int { return max(minClass, bits.Len(uint(max(capacity, 1)-1))) }
 
 // getBuffer returns a buffer of length 0 and at least the given capacity.
 func getBuffer(capacity int) *[]byte {
-	b := buffers.Get().(*[]byte)
-	if cap(*b) < capacity {
-		*b = make([]byte, 0, capacity+capacity/8)
+	c := class(capacity)
+	if c <= maxClass {
+		if b, ok := buffers[c].Get().(*[]byte); ok {
+			*b = (*b)[:0]
+			return b
+		}
+		capacity = 1 << c
 	}
-	*b = (*b)[:0]
-	return b
+	b := make([]byte, 0, capacity)
+	return &b
 }
 
+// putBuffer takes a buffer back, which may have grown in the meantime.
 func putBuffer(b *[]byte) {
-	if cap(*b) <= maxPooled {
-		buffers.Put(b)
+	c := bits.Len(uint(cap(*b))) - 1 // the largest class that it can serve
+	if c >= minClass && c <= maxClass {
+		buffers[c].Put(b)
 	}
 }
