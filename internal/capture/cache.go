@@ -48,7 +48,7 @@ func newCache() *Cache {
 }
 
 // cacheMagic names the format; another number is another format, and then the cache is not used.
-const cacheMagic = "holdfast cache 1\n"
+const cacheMagic = "holdfast cache 2\n"
 
 // LoadCache reads the cache at path. Anything wrong with it gives an empty cache and an error worth
 // a line at the most.
@@ -161,7 +161,11 @@ func (c *Cache) Save(path string) error {
 }
 
 // encoder and decoder are the cache's own little format: variable-length integers and counted bytes.
-type encoder struct{ p []byte }
+type encoder struct {
+	p []byte
+	// blobs are all ids that were written: what the bytes are worth nothing without.
+	blobs []id.ID
+}
 
 func (e *encoder) count(n int)    { e.p = binary.AppendUvarint(e.p, uint64(n)) }
 func (e *encoder) int(v int64)    { e.p = binary.AppendVarint(e.p, v) }
@@ -181,6 +185,7 @@ func (e *encoder) bool(b bool) {
 	}
 }
 func (e *encoder) ids(ids []id.ID) {
+	e.blobs = append(e.blobs, ids...)
 	e.count(len(ids))
 	for i := range ids {
 		e.p = append(e.p, ids[i][:]...)

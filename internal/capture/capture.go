@@ -115,7 +115,8 @@ type capturer struct {
 // Run captures everything but the manifest. The parent must be in the repository.
 func Run(ctx context.Context, r Repository, t Target, o Options) (*Result, error) {
 	if o.Workers <= 0 {
-		o.Workers = 2 * runtime.GOMAXPROCS(0)
+		// Twice the processors keep the disk busy; each holds up to 8 MiB, so not without bound.
+		o.Workers = min(2*runtime.GOMAXPROCS(0), 16)
 	}
 	if o.Now == nil {
 		o.Now = time.Now
@@ -416,6 +417,11 @@ func (c *capturer) singleFile(ctx context.Context, file, name string) (*snapshot
 // stores captures all storage roots.
 func (c *capturer) stores(ctx context.Context, root *folder, m *snapshot.Manifest) error {
 	m.Stores = []snapshot.Store{}
+	for _, d := range c.opts.Instance.DataSets {
+		if d.Store != "" && c.opts.Instance.Store(d.Store) == nil {
+			return fmt.Errorf("data set %s belongs to a store %q that is not known", d.Name, d.Store)
+		}
+	}
 	for i := range c.opts.Instance.Stores {
 		s := &c.opts.Instance.Stores[i]
 		ms := snapshot.Store{Name: s.Name, Root: s.Root, Driver: s.Driver, Layout: string(s.Layout), Prefix: s.Prefix, Spaces: []snapshot.Space{}}

@@ -233,26 +233,34 @@ func (s *saver) cutAll(ctx context.Context, p []byte, eof bool, h hash.Hash, c *
 	return used, nil
 }
 
-// path opens and saves the regular file e.
+// maxChunks bounds the list of a file's chunks (32 bytes each): 32 TiB of a file in the largest chunks. A
+// sparse file can claim exabytes.
+const maxChunks = 8 << 20
+
+// path opens and saves the regular file e. A file that does not have the size that the scan saw was
+// changed in between, and is not part of the picture.
 func (s *saver) path(ctx context.Context, r *root, e *entry, wantSHA1 bool) (content, error) {
-	if e.size > fileBuffer && e.sparse() {
-		return s.sparseFile(ctx, r, e, wantSHA1)
+	if e.size/int64(fileChunks.Max) > maxChunks {
+		return content{}, &readError{fmt.Errorf("%s claims %d bytes, more than can be stored", r.abs(e.path), e.size)}
 	}
 	f, err := r.openFile(e.path)
 	if err != nil {
 		return content{}, &readError{err}
 	}
 	defer f.Close()
-	return s.file(ctx, f, e, wantSHA1)
+	read := s.file
+	if e.size > fileBuffer && e.sparse() {
+		read = s.sparseFile
+	}
+	c, err := read(ctx, f, e, wantSHA1)
+	if err == nil && c.size != e.size {
+		err = &readError{fmt.Errorf("%s had %d bytes and gave %d: something writes to the instance", r.abs(e.path), e.size, c.size)}
+	}
+	return c, err
 }
 
 // sparseFile saves a large file with holes without reading the holes: a file may claim terabytes.
-func (s *saver) sparseFile(ctx context.Context, r *root, e *entry, wantSHA1 bool) (content, error) {
-	f, err := r.openFile(e.path)
-	if err != nil {
-		return content{}, &readError{err}
-	}
-	defer f.Close()
+func (s *saver) sparseFile(ctx context.Context, f *os.File, e *entry, wantSHA1 bool) (content, error) {
 	holes, err := holesOf(f, e.size)
 	if err != nil {
 		return content{}, &readError{err}

@@ -32,7 +32,7 @@ func (s *store) findDecomposedSpaces(ctx context.Context) error {
 	}
 	l.list("spaces", &first)
 	for i := range first {
-		if dirDepth(first[i].path) != 2 || !first[i].isDir() {
+		if dirDepth(first[i].path) != 2 || !s.realDir(&first[i].entry) {
 			continue
 		}
 		if err := ctx.Err(); err != nil {
@@ -42,12 +42,19 @@ func (s *store) findDecomposedSpaces(ctx context.Context) error {
 		l.list(first[i].path, &second)
 		for k := range second {
 			e := &second[k]
-			if dirDepth(e.path) != 3 || !e.isDir() {
+			if dirDepth(e.path) != 3 || !s.realDir(&e.entry) {
 				continue
 			}
 			sp := &space{id: strings.ReplaceAll(strings.TrimPrefix(e.path, "spaces/"), "/", ""), rel: e.path}
-			if p, err := d.readFile(sp.rel+"/nodes/"+ocis.NodePath(sp.id)+".mpk", 1<<20); err == nil {
+			if ocis.SpacePath(sp.id) != sp.rel || sp.id == unrefStore {
+				continue // not the place of any space: it goes with the rest of the store
+			}
+			if p, err := d.readFile(sp.rel+"/nodes/"+ocis.NodePath(sp.id)+".mpk", metaLimit); err == nil {
 				if m, err := parseNode(s.s.Prefix, p); err == nil || m.Space != nil {
+					sp.meta, sp.dtime = m.Space, m.DTime
+				}
+			} else if x, err := d.xattrs(sp.rel + "/nodes/" + ocis.NodePath(sp.id)); err == nil {
+				if m, ok := posixMeta(s.s.Prefix, x); ok { // before oCIS 3
 					sp.meta, sp.dtime = m.Space, m.DTime
 				}
 			}
@@ -56,6 +63,17 @@ func (s *store) findDecomposedSpaces(ctx context.Context) error {
 	}
 	return nil
 }
+
+// realDir reports whether e is a directory. A link in the place of one is not followed, so that what it
+// leads to is not in the snapshot: the proof must say so.
+func (s *store) realDir(e *entry) bool {
+	if e.isSymlink() {
+		s.c.unreadable(s.root.abs(e.path), errLinkedDir)
+	}
+	return e.isDir()
+}
+
+var errLinkedDir = errors.New("a symbolic link stands where the store has a folder, and it is not followed: put the folder in its place, by a bind mount for instance")
 
 func dirDepth(rel string) int { return 1 + strings.Count(rel, "/") }
 
@@ -146,12 +164,15 @@ func (s *store) decomposedSpace(ctx context.Context, sp *space) (*snapshotPart, 
 			gr.cut() // no group reaches over the place where the blobs come
 			after = true
 		}
+		if in := d.inside(e.path); e.isSymlink() && (in == "nodes" || in == "blobs" || in == "trash") {
+			d.unreadable(e.path, errLinkedDir)
+		}
 		d.countMeta(e)
 		return gr.add(e)
 	})
 	var werr error
 	d.nodeGroups, werr = gr.wait()
-	if err = errors.Join(werr, err); err != nil {
+	if err = firstOf(werr, err); err != nil {
 		return nil, err
 	}
 	sameNodes := !gr.fresh && len(d.nodeGroups) == countGroups(d.old.groups, blobsDir, false) && d.old.folder == sp.folder
@@ -176,7 +197,7 @@ func (s *store) decomposedSpace(ctx context.Context, sp *space) (*snapshotPart, 
 			return br.add(e)
 		})
 		blobGroups, werr = br.wait()
-		if err = errors.Join(werr, err); err != nil {
+		if err = firstOf(werr, err); err != nil {
 			return nil, err
 		}
 	} else if !errors.Is(err, fs.ErrNotExist) {
@@ -248,6 +269,9 @@ func printOf(groups []*group, folder string) (sum [32]byte) {
 	return sum
 }
 
+// metaLimit bounds a metadata file that is read as one; verify reads as much.
+const metaLimit = 16 << 20
+
 // nodeHandler handles the nodes, the trash and whatever else is in a space beside the blobs.
 type nodeHandler struct{ d *decomposed }
 
@@ -257,10 +281,10 @@ func (d *decomposed) inside(p string) string {
 }
 
 func (h *nodeHandler) ref(e *entry) string {
-	if e.size <= inlineLimit {
+	if e.size <= inlineLimit || e.size <= metaLimit && strings.HasSuffix(e.path, ".mpk") {
 		return ""
 	}
-	return inSnapshot(h.d.base, "unreferenced", snapshot.SafeName(h.d.sp.id), snapshot.SafeName(h.d.inside(e.path)))
+	return inSnapshot(h.d.base, "unreferenced", snapshot.SafeName(h.d.sp.id), snapshot.SafeName("./"+h.d.inside(e.path)))
 }
 
 func (h *nodeHandler) save(ctx context.Context, e *entry, _ []xattr, rec *encoder) ([]extent, error) {
@@ -269,7 +293,7 @@ func (h *nodeHandler) save(ctx context.Context, e *entry, _ []xattr, rec *encode
 		return nil, err
 	}
 	rec.byte(recLarge)
-	newBlobRec(h.d.inside(e.path), e, &got, false).encode(rec)
+	newBlobRec("./"+h.d.inside(e.path), e, &got, false).encode(rec)
 	return got.holes, nil
 }
 
@@ -307,7 +331,7 @@ func (h *nodeHandler) see(e *entry, link string, data []byte, x []xattr, rec *en
 			rec.int(int64(e.uid))
 			rec.int(int64(e.gid))
 			rec.time(e.mtime)
-			if m, ok := h.d.xattrMeta(x); ok { // the metadata of oCIS 2 lies in attributes
+			if m, ok := posixMeta(h.d.s.Prefix, x); ok { // the metadata of oCIS 2 lies in attributes
 				encodeMeta(rec, key, &m, nil)
 			}
 		case kind.IsMeta() && e.isRegular():
@@ -315,22 +339,6 @@ func (h *nodeHandler) see(e *entry, link string, data []byte, x []xattr, rec *en
 			encodeMeta(rec, key, &m, err)
 		}
 	}
-}
-
-// xattrMeta reads metadata from the attributes of a node, as stores before oCIS 3 have it.
-func (d *decomposed) xattrMeta(x []xattr) (ocis.NodeMeta, bool) {
-	var attrs []ocis.Attribute
-	for i := range x {
-		if strings.HasPrefix(x[i].name, d.s.Prefix) {
-			attrs = append(attrs, ocis.Attribute{Key: x[i].name, Value: x[i].value})
-		}
-	}
-	if len(attrs) == 0 {
-		return ocis.NodeMeta{}, false
-	}
-	m, err := ocis.NodeFromAttributes(d.s.Prefix, attrs)
-	var ae *ocis.AttributeError
-	return m, err == nil || errors.As(err, &ae)
 }
 
 // keyOfTarget takes the node key out of the target of a child's or trash link.
@@ -510,6 +518,13 @@ func (d *decomposed) need(n *dnode, place, label string) *demand {
 		d.want[n.meta.blob] = w
 	}
 	w.flight = w.flight || n.meta.inFlight
+	if n.meta.size != w.size && w.detail == "" {
+		w.problem, w.detail = "size", fmt.Sprintf("metadata says %d bytes in one place (%s) and %d in another (%s)", w.size, w.label, n.meta.size, label)
+	} else if !w.hasSHA1 && n.meta.hasSHA1 {
+		w.sha1, w.hasSHA1 = n.meta.sha1, true
+	} else if n.meta.hasSHA1 && n.meta.sha1 != w.sha1 && w.detail == "" {
+		w.problem, w.detail = "checksum", "metadata records two checksums, for "+w.label+" and "+label
+	}
 	return w
 }
 
@@ -638,7 +653,7 @@ func (d *decomposed) blobID(e *entry) string {
 			return blob
 		}
 	}
-	return rel // something else that lies there
+	return "./blobs/" + rel // something else that lies there; no id of a blob has a slash
 }
 
 func (h *blobHandler) ref(e *entry) string {

@@ -5,11 +5,11 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
+	"io/fs"
 	"sort"
 	"sync"
 
 	"golang.org/x/sync/errgroup"
-	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-backup/holdfast/internal/repo/id"
 )
@@ -29,6 +29,8 @@ type group struct {
 	size int64
 	// recs is what was learned from the entries, encoded: node records or blob records.
 	recs []byte
+	// needs are the data blobs that recs refer to.
+	needs []id.ID
 	// reused is set when all of the above comes from the cache.
 	reused bool
 }
@@ -40,6 +42,7 @@ func (g *group) encode(e *encoder) {
 	e.int(g.size)
 	e.ids(g.ids)
 	e.bytes(g.recs)
+	e.ids(g.needs)
 }
 
 func (g *group) decode(d *decoder) {
@@ -49,6 +52,7 @@ func (g *group) decode(d *decoder) {
 	g.size = d.int()
 	g.ids = d.ids()
 	g.recs = d.bytes()
+	g.needs = d.ids()
 }
 
 // Sizes of groups in entries. A header takes about 1.5 KiB, so a usual group is 0.4 to 1.5 MiB of
@@ -134,11 +138,10 @@ type handler interface {
 
 // grouper cuts a stream of entries into groups and works on them in parallel.
 type grouper struct {
-	c      *capturer
-	r      *root
-	cached map[string]*group
-	links  hardlinks
-	// needRefs reports whether a group must also have the same refs as last time to be used again.
+	c       *capturer
+	r       *root
+	cached  map[string]*group
+	links   hardlinks
 	handler func() (handler, error)
 	refsOf  func(entries []entry) ([32]byte, error) // nil: groups without refs
 
@@ -165,7 +168,10 @@ func (gr *grouper) add(e *entry) error {
 	}
 	e.hardlink = gr.links.see(e)
 	gr.cur.entries = append(gr.cur.entries, *e)
-	return gr.ctx.Err()
+	if gr.ctx.Err() != nil {
+		return context.Cause(gr.ctx)
+	}
+	return nil
 }
 
 // cut ends the present group and starts the work on it. It waits while all workers are busy, which
@@ -197,13 +203,13 @@ func (gr *grouper) wait() ([]*group, error) {
 }
 
 func (gr *grouper) work(g *group) error {
-	if err := gr.ctx.Err(); err != nil {
-		return err
+	if gr.ctx.Err() != nil {
+		return context.Cause(gr.ctx)
 	}
 	gr.c.entries.Add(int64(len(g.entries)))
 	g.print = fingerprint(g.entries)
 	old := gr.cached[g.first]
-	same := old != nil && old.print == g.print && !gr.c.opts.FullScan && gr.c.hasAll(old.ids)
+	same := old != nil && old.print == g.print && !gr.c.opts.FullScan && gr.c.hasAll(old.ids) && gr.c.hasAll(old.needs)
 	if gr.refsOf != nil {
 		refs, err := gr.refsOf(g.entries)
 		if err != nil {
@@ -213,7 +219,7 @@ func (gr *grouper) work(g *group) error {
 		same = same && refs == old.refs
 	}
 	if same {
-		g.ids, g.size, g.recs, g.reused = old.ids, old.size, old.recs, true
+		g.ids, g.size, g.recs, g.needs, g.reused = old.ids, old.size, old.recs, old.needs, true
 		g.entries = nil
 		return nil
 	}
@@ -240,7 +246,7 @@ func (gr *grouper) work(g *group) error {
 	if w.lossy {
 		g.print = [32]byte{} // what could not be read this time may be readable the next
 	}
-	g.ids, g.size, g.recs = w.st.ids, w.st.size, w.rec.p
+	g.ids, g.size, g.recs, g.needs = w.st.ids, w.st.size, w.rec.p, w.rec.blobs
 	g.entries = nil
 	return nil
 }
@@ -268,13 +274,11 @@ func (w *tarWorker) entry(ctx context.Context, e *entry) error {
 		return nil
 	}
 	var err error
-	if te.xattrs, err = w.d.xattrs(e.path, e.isSymlink()); err != nil {
+	if te.xattrs, err = w.d.xattrs(e.path); err != nil {
 		return lost(err)
 	}
 	var data []byte
 	switch {
-	case e.hardlink != "":
-		te.link = ""
 	case e.isSymlink():
 		if te.link, err = w.d.readlink(e.path); err != nil {
 			return lost(err)
@@ -292,8 +296,11 @@ func (w *tarWorker) entry(ctx context.Context, e *entry) error {
 			break
 		}
 		if e.size > 0 {
-			if data, err = w.d.readFile(e.path, e.size+inlineLimit); err != nil {
+			if data, err = w.d.readFile(e.path, e.size); err != nil {
 				return lost(err)
+			}
+			if int64(len(data)) != e.size {
+				return lost(&fs.PathError{Op: "read", Path: w.r.abs(e.path), Err: errShrank})
 			}
 			if e.sparse() {
 				if te.holes, err = w.holes(e); err != nil {
@@ -302,11 +309,13 @@ func (w *tarWorker) entry(ctx context.Context, e *entry) error {
 			}
 		}
 		te.inline = int64(len(data))
-		e.size = te.inline
 		w.c.bytesRead.Add(te.inline)
 	}
-	if te.content == "" && e.hardlink == "" {
+	if te.content == "" {
 		w.h.see(e, te.link, data, te.xattrs, &w.rec)
+	}
+	if e.hardlink != "" { // the tar has the content at the first name; the proof and the users' tree need it here too
+		te.content, te.holes, te.inline, data = "", nil, 0, nil
 	}
 	w.tw.buf = w.st.buf
 	w.tw.add(&te)
@@ -328,15 +337,6 @@ func (w *tarWorker) holes(e *entry) ([]extent, error) {
 	return holesOf(f, e.size)
 }
 
-// special reports whether e is neither file, directory nor link.
-func (e *entry) special() bool {
-	switch e.mode & unix.S_IFMT {
-	case unix.S_IFREG, unix.S_IFDIR, unix.S_IFLNK:
-		return false
-	}
-	return true
-}
-
 // hashRefs covers the refs of entries.
 func hashRefs(entries []entry, ref func(e *entry) string) (sum [32]byte) {
 	h := sha256.New()
@@ -350,6 +350,15 @@ func hashRefs(entries []entry, ref func(e *entry) string) (sum [32]byte) {
 	}
 	h.Sum(sum[:0])
 	return sum
+}
+
+// firstOf returns the error of the workers, or else that of the walk: once a worker fails, the walk only
+// reports that it was stopped.
+func firstOf(werr, err error) error {
+	if werr != nil {
+		return werr
+	}
+	return err
 }
 
 // joinGroups returns what the tar of the groups consists of.

@@ -272,8 +272,8 @@ func TestNothingIsLost(t *testing.T) {
 		"/storage/users/spaces/project/tiny/folder/" + long:                                "long",
 		"/storage/users/spaces/project/tiny/folder/" + raw:                                 "raw",
 		"/storage/users/unreferenced/" + spaceID + "/cccccccc-aaaa-4bbb-8ccc-00000000000c": "orphan",
-		"/storage/users/unreferenced/" + spaceID + "/odd%2Ffile":                           "odd",
-		"/storage/users/unreferenced/" + spaceID + "/big.bin":                              string(big),
+		"/storage/users/unreferenced/" + spaceID + "/.%2Fblobs%2Fodd%2Ffile":               "odd",
+		"/storage/users/unreferenced/" + spaceID + "/.%2Fbig.bin":                          string(big),
 		"/storage/users/unreferenced/_store/uploads%2Fbig-upload":                          string(big[:2_000_000]),
 		"/system/base/appauth.json":                                                        "{}",
 	} {

@@ -35,6 +35,9 @@ func (f *folder) sub(p string) *folder {
 		if name == "" {
 			continue
 		}
+		for f.folders[name] == nil && f.kids[name] != nil {
+			name += ".d" // two nodes of one name would make a tree that nobody takes
+		}
 		next := f.folders[name]
 		if next == nil {
 			next = newFolder()
@@ -92,6 +95,11 @@ func (f *folder) save(ctx context.Context, t Target, name string) (*snapshot.Nod
 // saveTree sorts nodes by name and writes them as one tree.
 func saveTree(ctx context.Context, t Target, nodes []*snapshot.Node) (repo.ID, error) {
 	sort.Slice(nodes, func(i, j int) bool { return nodes[i].Name < nodes[j].Name })
+	for i := 1; i < len(nodes); i++ {
+		if nodes[i].Name == nodes[i-1].Name {
+			return repo.ID{}, fmt.Errorf("save tree: two entries are called %q; this is a flaw of Holdfast, please report it", nodes[i].Name)
+		}
+	}
 	d, _, err := t.Save(ctx, repo.TreeBlob, snapshot.EncodeTree(nodes))
 	if err != nil {
 		return d, fmt.Errorf("save tree: %w", err)

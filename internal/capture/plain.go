@@ -225,7 +225,7 @@ func within(p, dir string) bool {
 func plainNode(d *details, e *entry, name string) (*snapshot.Node, error) {
 	n := &snapshot.Node{Name: name}
 	setStat(n, e)
-	x, err := d.xattrs(e.path, e.isSymlink())
+	x, err := d.xattrs(e.path)
 	if err != nil {
 		return nil, err
 	}

@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io/fs"
 	"path"
 	"sort"
 	"strings"
@@ -39,13 +40,16 @@ func (s *store) findPosixSpaces(ctx context.Context) error {
 		l.list(rel, &items)
 		for i := range items {
 			e := &items[i]
+			if dir := path.Dir(e.path); e.isSymlink() && (dir == "users" || dir == "projects" || e.path == "users" || e.path == "projects") && dir == path.Clean(rel) {
+				s.c.unreadable(s.root.abs(e.path), errLinkedDir)
+			}
 			if !e.isDir() || path.Dir(e.path) != path.Clean(rel) {
 				continue // list goes further down by itself where there is little
 			}
 			if rel == "" && (e.path == "indexes" || e.path == "uploads" || e.path == "changes") {
 				continue
 			}
-			x, err := d.xattrs(e.path, false)
+			x, err := d.xattrs(e.path)
 			if err != nil {
 				s.c.unreadable(s.root.abs(e.path), err)
 				continue
@@ -75,7 +79,7 @@ func (s *store) findPosixSpaces(ctx context.Context) error {
 	}
 	for _, sp := range s.spaces {
 		if seen[sp.id] > 1 || sp.id == "" { // a copied folder with its attributes: told apart by its path
-			sp.id = strings.TrimPrefix(sp.id+"@"+strings.ReplaceAll(sp.rel, "/", "_"), "@")
+			sp.id = strings.TrimPrefix(sp.id+"@"+sp.rel, "@")
 		}
 	}
 	return nil
@@ -96,7 +100,7 @@ func posixMeta(prefix string, x []xattr) (ocis.NodeMeta, bool) {
 	return m, err == nil || errors.As(err, &ae)
 }
 
-// pnode is one file or directory of a posix space, or one .trashinfo record.
+// pnode is one file or directory of a posix space.
 type pnode struct {
 	rel  string // below the space's root
 	dir  bool
@@ -162,13 +166,13 @@ func (s *store) posixSpace(ctx context.Context, sp *space) (*snapshotPart, error
 		return gr.add(e)
 	})
 	groups, werr := gr.wait()
-	if err = errors.Join(werr, err); err != nil {
+	if err = firstOf(werr, err); err != nil {
 		return nil, err
 	}
 	for _, g := range groups {
 		for dec := (decoder{p: g.recs}); len(dec.p) > 0 && !dec.bad; {
 			n := decodePosix(&dec, s.s.Prefix)
-			if n != nil && n.node != nil && n.node.ID != "" {
+			if n != nil && !n.dir && n.node != nil && n.node.ID != "" {
 				p.paths[n.node.ID] = n.rel
 			}
 		}
@@ -181,8 +185,12 @@ func (s *store) posixSpace(ctx context.Context, sp *space) (*snapshotPart, error
 		p.twins[stamp+"/"+name]++
 	}
 	for _, dir := range lateDirs {
-		if _, err := s.root.stat(dir); err != nil {
+		if _, err := s.root.stat(dir); errors.Is(err, fs.ErrNotExist) {
 			continue // most spaces have neither
+		} else if err != nil {
+			lossy.Store(true)
+			s.c.unreadable(s.root.abs(dir), err)
+			continue
 		}
 		gr := newGrouper()
 		sc := s.scanner(nil)
@@ -195,7 +203,7 @@ func (s *store) posixSpace(ctx context.Context, sp *space) (*snapshotPart, error
 			return gr.add(e)
 		})
 		more, werr := gr.wait()
-		if err = errors.Join(werr, err); err != nil {
+		if err = firstOf(werr, err); err != nil {
 			return nil, err
 		}
 		groups = append(groups, more...)
@@ -285,9 +293,8 @@ func (p *posix) trashName(key string) (stamp, name string) {
 
 // posixPlace is where a file of a space stands in the snapshot.
 type posixPlace struct {
-	top string // spaces, versions, trash, unreferenced; "" for what goes into the tar
-	rel string // below the space's folder
-	// below is the part of rel that lies inside a trashed folder.
+	top   string // spaces, versions, trash, unreferenced; "" for what goes into the tar
+	rel   string // below the space's folder
 	label string
 	kind  byte // 'f' current, 'v' version, 't' trash
 }
@@ -556,8 +563,11 @@ func (p *posix) prove(part *snapshotPart, n *pnode, pl posixPlace) {
 	q.Bytes += n.blob.size
 	if strings.HasPrefix(m.NodeStatus, "processing:") {
 		part.perfect = false
-		q.InFlight++
-		return
+		if size, ok := p.uploads[m.BlobID]; ok && size == m.BlobSize {
+			q.InFlight++
+			return
+		}
+		// Not in uploads/: then the file must hold it already.
 	}
 	if !m.MTime.IsZero() && !m.MTime.Equal(n.blob.stat.mtime.time()) {
 		return

@@ -179,14 +179,12 @@ type xattr struct {
 // details reads what a stat does not tell. It keeps the directory of the last entry open, because
 // neighbours are asked for one after the other. Not for concurrent use.
 type details struct {
-	r    *root
-	dir  string
-	fd   int
-	open bool
-	// noXattrs is set when the file system knows no extended attributes at all.
-	noXattrs bool
-	buf      []byte
-	names    []byte
+	r     *root
+	dir   string
+	fd    int
+	open  bool
+	buf   []byte
+	names []byte
 }
 
 func newDetails(r *root) *details {
@@ -279,14 +277,14 @@ func (d *details) readFile(rel string, limit int64) ([]byte, error) {
 	return d.buf[:n], nil
 }
 
-var errGrew = errors.New("the file grew while it was read: something writes to the instance")
+var (
+	errGrew   = errors.New("the file grew while it was read: something writes to the instance")
+	errShrank = errors.New("the file shrank while it was read: something writes to the instance")
+)
 
 // xattrs returns the extended attributes of rel, sorted by name. System attributes that the kernel
 // makes up (system.posix_acl_*) are kept, since they carry access rights.
-func (d *details) xattrs(rel string, isLink bool) ([]xattr, error) {
-	if d.noXattrs {
-		return nil, nil
-	}
+func (d *details) xattrs(rel string) ([]xattr, error) {
 	fd, name, err := d.at(rel)
 	if err != nil {
 		return nil, err
@@ -317,10 +315,7 @@ func (d *details) xattrs(rel string, isLink bool) ([]xattr, error) {
 		}
 		break
 	}
-	if errors.Is(err, unix.ENOTSUP) {
-		if !isLink {
-			d.noXattrs = true
-		}
+	if errors.Is(err, unix.ENOTSUP) { // this file system has none
 		return nil, nil
 	}
 	if err != nil {

@@ -24,12 +24,15 @@ type scanner struct {
 	workers    int
 }
 
-// scanAhead bounds the entries that are listed but not consumed: about 200 bytes each, 13 MB.
+// scanAhead bounds the entries that are listed but not consumed: about 300 bytes each, 20 MB.
 const scanAhead = 64 << 10
 
 // inlineEntries: a directory with at most so many entries is listed together with what is below it,
 // since a job of its own costs more than the listing. Shard directories have one or two entries.
 const inlineEntries = 4
+
+// inlineMost ends a listing that goes ever deeper through narrow directories.
+const inlineMost = 4096
 
 // scanJob lists one directory.
 type scanJob struct {
@@ -203,7 +206,7 @@ func (l *lister) list(rel string, out *[]scanItem) {
 	}
 	// Closed before going down: a chain of a thousand directories must not hold as many descriptors.
 	_ = unix.Close(fd)
-	if len(found) > inlineEntries {
+	if len(found) > inlineEntries || len(*out) > inlineMost {
 		for i := range found {
 			if found[i].isDir() {
 				found[i].job = &scanJob{rel: found[i].path, done: make(chan struct{})}

@@ -57,7 +57,6 @@ type snapshotPart struct {
 	files     int64
 	dirs      int64
 	bytes     int64
-	entries   int64
 	perfect   bool // nothing missing, in flight or unreadable: may be used again
 }
 
@@ -180,7 +179,10 @@ func (s *store) finishTar(ctx context.Context, groups []*group) (content, error)
 }
 
 // cacheKey names a space in the cache; the rest of the store has the empty space id.
-func (s *store) cacheKey(spaceID string) string { return s.s.Name + "/" + spaceID }
+// What is remembered depends on how the store is read.
+func (s *store) cacheKey(spaceID string) string {
+	return strings.Join([]string{s.s.Name, string(s.s.Layout), s.s.Prefix, spaceID}, "/")
+}
 
 func (s *store) cached(spaceID string) *cachedSpace {
 	if old := s.c.opts.Cache.spaces[s.cacheKey(spaceID)]; old != nil {
@@ -229,7 +231,7 @@ func (s *store) rest(ctx context.Context) (content, error) {
 		return gr.add(e)
 	})
 	groups, werr := gr.wait()
-	if err = errors.Join(werr, err); err != nil {
+	if err = firstOf(werr, err); err != nil {
 		return content{}, err
 	}
 	var large []*blobRec
@@ -342,7 +344,6 @@ const (
 	recChild                 // a child's symbolic link
 	recTrash                 // a trash link
 	recFile                  // a file or directory of a posix space
-	recInfo                  // a .trashinfo file
 )
 
 // blobRec is what is known of one captured content.

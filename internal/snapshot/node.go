@@ -157,7 +157,7 @@ func DecodeTree(p []byte) (*Tree, error) {
 			n.Subtree = *j.Subtree
 		}
 		for _, x := range j.Xattrs {
-			n.Xattrs = append(n.Xattrs, Xattr{Name: x.Name, Value: x.Value})
+			n.Xattrs = append(n.Xattrs, Xattr(x))
 		}
 		t.Nodes[i] = n
 	}
