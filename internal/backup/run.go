@@ -96,6 +96,12 @@ func Run(ctx context.Context, o Options) (*Result, error) {
 	}
 	cachePath := cachePath(o.CacheDir, o.Repo.ID(), o.Hostname, inst)
 	cache := loadCache(&o, cachePath)
+	var known *capture.Known
+	if parent != nil && !cache.Knows(parent.ID()) && !o.FullScan {
+		if known, err = capture.LoadKnown(ctx, o.Repo, parent, o.Progress); err != nil {
+			return nil, err
+		}
+	}
 	software, err := softwareFiles(&o)
 	if err != nil {
 		return nil, err
@@ -114,7 +120,7 @@ func Run(ctx context.Context, o Options) (*Result, error) {
 	var got *capture.Result
 	rec, err := freeze.Guarded(ctx, o.Freezer, inst, o.Guard, func(ctx context.Context) error {
 		got, err = capture.Run(ctx, o.Repo, target, capture.Options{
-			Instance: inst, Exclude: excluded(&o), Cache: cache, Parent: parent, FullScan: o.FullScan,
+			Instance: inst, Exclude: excluded(&o), Cache: cache, Parent: parent, Known: known, FullScan: o.FullScan,
 			Software: software, Progress: o.Progress, Now: o.Now,
 		})
 		return err
@@ -216,7 +222,7 @@ func (e *UnsupportedError) Hints() []string {
 // that two captures of one picture give one tree.
 func freezeRecord(r freeze.Record) snapshot.Freeze {
 	f := snapshot.Freeze{Method: r.Method}
-	if r.Started.IsZero() {
+	if r.Stopped.IsZero() || r.Method == freeze.KindNone {
 		return f
 	}
 	at := func(t time.Time) *time.Time {
@@ -227,9 +233,7 @@ func freezeRecord(r freeze.Record) snapshot.Freeze {
 		return &t
 	}
 	f.StoppedAt, f.StartedAt, f.ReadyAt = at(r.Stopped), at(r.Started), at(r.Ready)
-	if !r.Stopped.IsZero() {
-		f.SecondsStopped = r.Started.Sub(r.Stopped).Seconds()
-	}
+	f.SecondsStopped = r.Downtime.Seconds()
 	return f
 }
 
@@ -324,10 +328,14 @@ func softwareFiles(o *Options) (map[string]capture.SoftwareFile, error) {
 				return nil, fmt.Errorf("find the server's binary: %w", err)
 			}
 			out[filepath.Base(sw.Binary)] = capture.SoftwareFile{Path: real}
+		case o.ServerBinary != "" && err == nil:
+			return nil, fmt.Errorf("--server-binary %s is no regular file", sw.Binary)
 		case o.ServerBinary != "":
-			return nil, fmt.Errorf("--server-binary %s is no file that can be read (%v)", sw.Binary, err)
+			return nil, fmt.Errorf("--server-binary: %w", err)
+		case err == nil:
+			o.warn("the server's binary %s is not in the snapshot: it is no regular file", sw.Binary)
 		default:
-			o.warn("the server's binary %s is not in the snapshot: %v", sw.Binary, err)
+			o.warn("the server's binary is not in the snapshot: %v", err)
 		}
 	}
 	if sw.Image != "" {

@@ -43,12 +43,15 @@ type cachedFile struct {
 	ids          []id.ID
 }
 
+// Knows reports whether c is what the backup d remembered. A nil cache knows nothing.
+func (c *Cache) Knows(d id.ID) bool { return c != nil && c.Snapshot == d }
+
 func newCache() *Cache {
 	return &Cache{spaces: map[string]*cachedSpace{}, plain: map[string]*cachedPlain{}}
 }
 
 // cacheMagic names the format; another number is another format, and then the cache is not used.
-const cacheMagic = "holdfast cache 2\n"
+const cacheMagic = "holdfast cache 3\n"
 
 // LoadCache reads the cache at path. Anything wrong with it gives an empty cache and an error worth
 // a line at the most.

@@ -47,9 +47,10 @@ type Options struct {
 	Exclude map[string]bool
 	// Cache is what the last run remembered; it is replaced by Result.Cache.
 	Cache *Cache
-	// Parent is the last snapshot of the same instance, if there is one: what its trees say of
-	// blobs is used where the cache knows nothing.
+	// Parent is the last snapshot of the same instance, if there is one. It must be in the repository.
 	Parent *snapshot.Snapshot
+	// Known is what Parent's trees say of blobs, for where the cache knows nothing.
+	Known *Known
 	// FullScan reads everything again and uses nothing of the last run.
 	FullScan bool
 	// Software files to keep: place below /software -> what to read.
@@ -107,12 +108,9 @@ type capturer struct {
 	mu    sync.Mutex
 	proof snapshot.Proof
 	next  *Cache
-	known map[string]map[string]*blobRec // store name -> blob id, from the parent's trees
-	once  sync.Once
-	kErr  error
 }
 
-// Run captures everything but the manifest. The parent must be in the repository.
+// Run captures everything but the manifest.
 func Run(ctx context.Context, r Repository, t Target, o Options) (*Result, error) {
 	if o.Workers <= 0 {
 		// Twice the processors keep the disk busy; each holds up to 8 MiB, so not without bound.

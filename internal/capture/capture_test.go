@@ -173,6 +173,28 @@ func TestSecondCaptureReadsNothingAndGivesTheSameTree(t *testing.T) {
 	}
 }
 
+// TestKnownBlobsAreNotReadWithoutCache: the trees of the last snapshot tell as much as the cache about
+// what was stored.
+func TestKnownBlobsAreNotReadWithoutCache(t *testing.T) {
+	for _, name := range fixtures {
+		inst := instanceOf(testfixture.Unpack(t, name), name)
+		r, _ := newRepo(t)
+		first, sn, _ := run(t, r, inst, capture.Options{Now: future})
+		known, err := capture.LoadKnown(t.Context(), r, sn, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		res, again, _ := run(t, r, inst, capture.Options{Parent: sn, Known: known, Now: future})
+		if *again.Tree != *sn.Tree {
+			t.Errorf("%s: another tree", name)
+		}
+		blobs := first.Manifest.Proof.Bytes
+		if saved := first.Stats.BytesRead - res.Stats.BytesRead; saved < blobs*9/10 {
+			t.Errorf("%s: only %d bytes less were read, of %d bytes of blobs", name, saved, blobs)
+		}
+	}
+}
+
 func TestCacheSurvivesTheDisk(t *testing.T) {
 	inst := instanceOf(testfixture.Unpack(t, "ocis-posix"), "ocis-posix")
 	r, _ := newRepo(t)

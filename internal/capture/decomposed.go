@@ -213,7 +213,7 @@ func (s *store) decomposedSpace(ctx context.Context, sp *space) (*snapshotPart, 
 			}
 		}
 		if !br.fresh && s.c.trusted && sum == d.old.print && len(d.old.result) > 0 && len(groups) == len(d.old.groups) {
-			if part, err := decodePart(d.old.result); err == nil {
+			if part, err := decodePart(d.old.result); err == nil && s.c.hasTrees(part.trees) {
 				s.remember(sp.id, &cachedSpace{folder: sp.folder, print: sum, result: d.old.result}, groups)
 				return part, nil
 			}
@@ -466,11 +466,7 @@ func (d *decomposed) doBuild(ctx context.Context) error {
 			}
 		}
 	} else {
-		known, err := d.knownBlobs(ctx)
-		if err != nil {
-			return err
-		}
-		d.known = known
+		d.known = d.knownBlobs()
 	}
 	d.place()
 	return nil
@@ -703,6 +699,8 @@ func (h *blobHandler) see(*entry, string, []byte, []xattr, *encoder) {}
 // assemble checks each blob against what its metadata says, and writes the trees of the space.
 func (d *decomposed) assemble(ctx context.Context, blobGroups []*group) (*snapshotPart, error) {
 	part := &snapshotPart{perfect: !d.lossy}
+	trees := &treeRecorder{Target: d.c.target}
+	defer func() { part.trees = trees.ids }()
 	part.proof.Missing = []snapshot.Missing{}
 	var spare []*blobRec // blobs that nothing refers to
 	for _, g := range blobGroups {
@@ -723,7 +721,7 @@ func (d *decomposed) assemble(ctx context.Context, blobGroups []*group) (*snapsh
 	if err := d.prove(ctx, part); err != nil {
 		return nil, err
 	}
-	t := &treeMaker{d: d, ctx: ctx, part: part}
+	t := &treeMaker{d: d, ctx: ctx, part: part, target: trees}
 	if err := t.run(); err != nil {
 		return nil, err
 	}
@@ -742,7 +740,7 @@ func (d *decomposed) assemble(ctx context.Context, blobGroups []*group) (*snapsh
 	}
 	if unref != nil {
 		var err error
-		if part.unref, err = unref.save(ctx, d.c.target, ""); err != nil {
+		if part.unref, err = unref.save(ctx, trees, ""); err != nil {
 			return nil, err
 		}
 	}
@@ -766,6 +764,7 @@ func (d *decomposed) prove(ctx context.Context, part *snapshotPart) error {
 			p.Nodes++
 		}
 		if n.bad != "" {
+			part.perfect = false // so that the warning comes each time
 			d.c.warn("space %s: metadata of node %s cannot be read: %s; the snapshot keeps it as it is", d.sp.id, key, n.bad)
 		}
 	}
@@ -846,12 +845,13 @@ func (d *decomposed) fromUploads(ctx context.Context, blob string, w *demand) er
 
 // treeMaker writes the folders of a space as trees.
 type treeMaker struct {
-	d     *decomposed
-	ctx   context.Context
-	part  *snapshotPart
-	err   error
-	stack map[string][]*levelDir
-	tops  map[string]*folder
+	d      *decomposed
+	ctx    context.Context
+	part   *snapshotPart
+	target Target
+	err    error
+	stack  map[string][]*levelDir
+	tops   map[string]*folder
 }
 
 type levelDir struct {
@@ -880,7 +880,7 @@ func (t *treeMaker) run() error {
 	}
 	for top, dst := range map[string]**snapshot.Node{"versions": &t.part.versions, "trash": &t.part.trash, "trash-versions": &t.part.trashVers} {
 		if f := t.tops[top]; f != nil {
-			n, err := f.save(t.ctx, d.c.target, "")
+			n, err := f.save(t.ctx, t.target, "")
 			if err != nil {
 				return err
 			}
@@ -907,7 +907,7 @@ func (t *treeMaker) close(top string, mtime time.Time) (*snapshot.Node, error) {
 	st := t.stack[top]
 	l := st[len(st)-1]
 	t.stack[top] = st[:len(st)-1]
-	d, err := saveTree(t.ctx, t.d.c.target, l.nodes)
+	d, err := saveTree(t.ctx, t.target, l.nodes)
 	if err != nil {
 		return nil, err
 	}
@@ -1008,6 +1008,7 @@ func encodePart(p *snapshotPart) []byte {
 	var e encoder
 	e.int(p.tar.size)
 	e.ids(p.tar.ids)
+	e.ids(p.trees)
 	for _, n := range []*snapshot.Node{p.space, p.versions, p.trash, p.trashVers, p.unref} {
 		if n == nil {
 			e.bytes(nil)
@@ -1030,6 +1031,7 @@ func decodePart(b []byte) (*snapshotPart, error) {
 	d := decoder{p: b}
 	p := &snapshotPart{perfect: true}
 	p.tar.size, p.tar.ids = d.int(), d.ids()
+	p.trees = d.ids()
 	for _, dst := range []**snapshot.Node{&p.space, &p.versions, &p.trash, &p.trashVers, &p.unref} {
 		if b := d.bytes(); len(b) > 0 {
 			t, err := snapshot.DecodeTree(b)

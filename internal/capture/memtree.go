@@ -106,3 +106,28 @@ func saveTree(ctx context.Context, t Target, nodes []*snapshot.Node) (repo.ID, e
 	}
 	return d, nil
 }
+
+// treeRecorder notes the trees that pass through it: a result is used again only while all of them
+// are in the repository.
+type treeRecorder struct {
+	Target
+	ids []repo.ID
+}
+
+func (r *treeRecorder) Save(ctx context.Context, t repo.BlobType, data []byte) (repo.ID, bool, error) {
+	d, isNew, err := r.Target.Save(ctx, t, data)
+	if err == nil && t == repo.TreeBlob {
+		r.ids = append(r.ids, d)
+	}
+	return d, isNew, err
+}
+
+// hasTrees reports whether the repository holds all these trees.
+func (c *capturer) hasTrees(ids []repo.ID) bool {
+	for i := range ids {
+		if !c.repo.Has(repo.TreeBlob, ids[i]) {
+			return false
+		}
+	}
+	return true
+}

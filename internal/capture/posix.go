@@ -132,10 +132,7 @@ func (s *store) posixSpace(ctx context.Context, sp *space) (*snapshotPart, error
 			}
 		}
 	} else {
-		var err error
-		if p.byID, err = s.knownBlobs(ctx); err != nil {
-			return nil, err
-		}
+		p.byID = s.knownBlobs()
 	}
 	// First what users see and the records of the trash, then versions and trashed files, whose
 	// places in the snapshot follow from them.
@@ -215,7 +212,7 @@ func (s *store) posixSpace(ctx context.Context, sp *space) (*snapshotPart, error
 		same = same && g.reused
 	}
 	if same {
-		if part, err := decodePart(p.old.result); err == nil {
+		if part, err := decodePart(p.old.result); err == nil && s.c.hasTrees(part.trees) {
 			s.remember(sp.id, &cachedSpace{folder: sp.folder, print: sum, result: p.old.result}, groups)
 			return part, nil
 		}
@@ -439,6 +436,8 @@ func decodePosix(d *decoder, prefix string) *pnode {
 // assemble writes the trees of the space and compares files with what their attributes say.
 func (p *posix) assemble(ctx context.Context, groups []*group) (*snapshotPart, error) {
 	part := &snapshotPart{perfect: true}
+	trees := &treeRecorder{Target: p.c.target}
+	defer func() { part.trees = trees.ids }()
 	part.proof.Missing = []snapshot.Missing{}
 	tops := map[string]*folder{}
 	top := func(name string) *folder {
@@ -496,7 +495,7 @@ func (p *posix) assemble(ctx context.Context, groups []*group) (*snapshotPart, e
 	part.proof.TrashItems = int64(len(trashItems))
 	for name, dst := range map[string]**snapshot.Node{"spaces": &part.space, "versions": &part.versions, "trash": &part.trash, "unreferenced": &part.unref} {
 		if f := tops[name]; f != nil {
-			n, err := f.save(ctx, p.c.target, "")
+			n, err := f.save(ctx, trees, "")
 			if err != nil {
 				return nil, err
 			}

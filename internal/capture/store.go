@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/holdfast-backup/holdfast/internal/ocis"
+	"github.com/holdfast-backup/holdfast/internal/progress"
 	"github.com/holdfast-backup/holdfast/internal/repo/id"
 	"github.com/holdfast-backup/holdfast/internal/snapshot"
 )
@@ -57,6 +58,7 @@ type snapshotPart struct {
 	files     int64
 	dirs      int64
 	bytes     int64
+	trees     []id.ID
 	perfect   bool // nothing missing, in flight or unreadable: may be used again
 }
 
@@ -413,40 +415,36 @@ func (b *blobRec) node(name string) *snapshot.Node {
 	return n
 }
 
-// knownBlobs returns what the trees of the parent snapshot say of the blobs of this store. It is read
-// once, and only if the cache does not know a space.
-func (s *store) knownBlobs(ctx context.Context) (map[string]*blobRec, error) {
-	c := s.c
-	if c.opts.Parent == nil || c.opts.FullScan {
-		return nil, nil
-	}
-	c.once.Do(func() { c.known, c.kErr = c.readKnown(ctx) })
-	return c.known[s.s.Name], c.kErr
+// Known is what the trees of a snapshot say of blobs: by store and blob id.
+type Known struct {
+	stores map[string]map[string]*blobRec
 }
 
-// readKnown walks the users' trees of the parent.
-func (c *capturer) readKnown(ctx context.Context) (map[string]map[string]*blobRec, error) {
-	out := map[string]map[string]*blobRec{}
-	root := *c.opts.Parent.Tree
-	bad := map[string]bool{}
-	m, err := snapshot.LoadManifest(ctx, c.repo, root)
+// LoadKnown walks the users' trees of the snapshot sn. It takes a while for a large one, so it is done
+// before anything is frozen. A snapshot that cannot be read, or is not ours, tells nothing.
+func LoadKnown(ctx context.Context, r Repository, sn *snapshot.Snapshot, sink progress.Sink) (*Known, error) {
+	k := &Known{stores: map[string]map[string]*blobRec{}}
+	c := &capturer{repo: r, opts: Options{Progress: sink}}
+	root := *sn.Tree
+	m, err := snapshot.LoadManifest(ctx, r, root)
 	if err != nil {
-		return nil, nil //nolint:nilerr // not a snapshot of ours, or damaged: read everything again
+		return k, context.Cause(ctx)
 	}
+	bad := map[string]bool{}
 	for _, x := range m.Proof.Missing {
 		bad[x.BlobID] = true
 	}
-	storage, err := snapshot.Lookup(ctx, c.repo, root, "/storage")
+	storage, err := snapshot.Lookup(ctx, r, root, "/storage")
 	if err != nil {
-		return nil, nil //nolint:nilerr // as above
+		return k, context.Cause(ctx)
 	}
-	stores, err := snapshot.LoadTree(ctx, c.repo, storage.Subtree)
+	stores, err := snapshot.LoadTree(ctx, r, storage.Subtree)
 	if err != nil {
-		return nil, nil //nolint:nilerr // as above
+		return k, context.Cause(ctx)
 	}
 	for _, st := range stores.Nodes {
 		known := map[string]*blobRec{}
-		out[st.Name] = known
+		k.stores[st.Name] = known
 		if err := c.walkKnown(ctx, st.Subtree, known, bad, 0); err != nil {
 			if ctx.Err() != nil {
 				return nil, context.Cause(ctx)
@@ -454,7 +452,16 @@ func (c *capturer) readKnown(ctx context.Context) (map[string]map[string]*blobRe
 			c.warn("the last snapshot cannot be read in part, so more is read from the source: %v", err)
 		}
 	}
-	return out, nil
+	return k, nil
+}
+
+// knownBlobs returns what the last snapshot says of the blobs of this store, for spaces that the cache
+// does not know.
+func (s *store) knownBlobs() map[string]*blobRec {
+	if s.c.opts.Known == nil || s.c.opts.FullScan {
+		return nil
+	}
+	return s.c.opts.Known.stores[s.s.Name]
 }
 
 // treeDepth bounds how deep trees may lie in each other: a damaged repository can hold a circle.

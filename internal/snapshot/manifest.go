@@ -157,8 +157,11 @@ func LoadManifest(ctx context.Context, l BlobLoader, root id.ID) (*Manifest, err
 	return m, nil
 }
 
+// safeLength leaves room for an ending: file systems take names of 255 bytes.
+const safeLength = 240
+
 // SafeName makes any string the name of one file: what would mean something else is escaped, and
-// different strings stay different.
+// different strings stay different. A name that is too long ends in a hash.
 func SafeName(s string) string {
 	switch s {
 	case "":
@@ -167,7 +170,11 @@ func SafeName(s string) string {
 		return strings.ReplaceAll(s, ".", "%2E")
 	}
 	if strings.ContainsAny(s, "/\x00%") {
-		return strings.NewReplacer("%", "%25", "/", "%2F", "\x00", "%00").Replace(s)
+		s = strings.NewReplacer("%", "%25", "/", "%2F", "\x00", "%00").Replace(s)
+	}
+	if len(s) > safeLength {
+		sum := id.Hash([]byte(s))
+		s = s[:safeLength-20] + "%" + sum.String()[:19]
 	}
 	return s
 }
