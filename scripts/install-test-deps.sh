@@ -15,6 +15,8 @@ want=(
   losetup:mount
   tar:tar
   zstd:zstd
+  python3:python3 # the recipe in each snapshot is tried
+  zfs-fuse:zfs-fuse
 )
 PATH=$PATH:/usr/sbin:/sbin
 missing=()
