@@ -15,8 +15,8 @@ import (
 // what it says is used only where the file system shows the same times and sizes, and a cache that
 // is gone, old or damaged makes a backup slower, not wrong.
 type Cache struct {
-	// Snapshot is the backup that wrote it. Its trees are used again only while that snapshot is in
-	// the repository, since prune may have taken away what only a forgotten snapshot needed.
+	// Snapshot is the backup that wrote it; null after a warm copy. What it names is used again only
+	// while the repository has it, since prune may have taken what only a forgotten snapshot needed.
 	Snapshot id.ID
 	spaces   map[string]*cachedSpace // by store and space id; "" as space id: the rest of the store
 	plain    map[string]*cachedPlain // by data set: what its files hold

@@ -35,7 +35,7 @@ func TestCancelIsAnError(t *testing.T) {
 	for _, name := range fixtures {
 		inst := instanceOf(testfixture.Unpack(t, name), name)
 		r, _ := newRepo(t)
-		first, sn, _ := run(t, r, inst, capture.Options{Now: future})
+		first, _, _ := run(t, r, inst, capture.Options{Now: future})
 		before := runtime.NumGoroutine()
 		for n := int64(1); n < 400; n += 7 {
 			ctx, cancel := context.WithCancelCause(t.Context())
@@ -43,7 +43,7 @@ func TestCancelIsAnError(t *testing.T) {
 			c.n.Store(n)
 			o := capture.Options{Instance: inst, Now: future}
 			if n%2 == 0 {
-				o.Cache, o.Parent = first.Cache, sn
+				o.Cache = first.Cache
 			}
 			res, err := capture.Run(ctx, r, c, o)
 			if err == nil {

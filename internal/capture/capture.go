@@ -47,12 +47,15 @@ type Options struct {
 	Exclude map[string]bool
 	// Cache is what the last run remembered; it is replaced by Result.Cache.
 	Cache *Cache
-	// Parent is the last snapshot of the same instance, if there is one. It must be in the repository.
-	Parent *snapshot.Snapshot
-	// Known is what Parent's trees say of blobs, for where the cache knows nothing.
+	// Known is what the trees of the last snapshot say of blobs, for where the cache knows nothing.
 	Known *Known
 	// FullScan reads everything again and uses nothing of the last run.
 	FullScan bool
+	// PictureAt is when the picture was made; zero: it is being made, everything holds still.
+	PictureAt time.Time
+	// Warm captures a running instance for the sake of the cache and of what is stored: what changes
+	// meanwhile is passed over without a word, and the result must not become a snapshot.
+	Warm bool
 	// Software files to keep: place below /software -> what to read.
 	Software map[string]SoftwareFile
 	// Workers is the number of groups and files read at once; 0: twice the processors.
@@ -95,7 +98,6 @@ type capturer struct {
 	saver   *saver
 	slots   chan struct{}
 	started time.Time
-	trusted bool // the cache's snapshot is in the repository: its trees may be used again
 
 	entries   atomic.Int64
 	files     atomic.Int64
@@ -131,8 +133,10 @@ func Run(ctx context.Context, r Repository, t Target, o Options) (*Result, error
 		started: o.Now(),
 		next:    newCache(),
 	}
+	if !o.PictureAt.IsZero() {
+		c.started = o.PictureAt
+	}
 	c.saver = newSaver(t, r.ChunkerSeed(), &c.bytesRead)
-	c.trusted = o.Parent != nil && o.Cache.Snapshot == o.Parent.ID() && !o.FullScan
 	c.proof.Missing = []snapshot.Missing{}
 	inst := o.Instance
 	m := snapshot.Manifest{
@@ -229,6 +233,9 @@ func (c *capturer) unreadable(what string, err error) {
 	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 		return // the end of the run, not of the file
 	}
+	if c.opts.Warm {
+		return
+	}
 	c.mu.Lock()
 	c.proof.Unreadable = append(c.proof.Unreadable, snapshot.Unreadable{Path: what, Error: err.Error()})
 	c.mu.Unlock()
@@ -236,6 +243,9 @@ func (c *capturer) unreadable(what string, err error) {
 }
 
 func (c *capturer) warn(format string, args ...any) {
+	if c.opts.Warm {
+		return
+	}
 	c.opts.Progress.Emit(progress.Event{Kind: progress.Warning, Phase: "capture", Message: fmt.Sprintf(format, args...)})
 }
 

@@ -147,11 +147,11 @@ func TestSecondCaptureReadsNothingAndGivesTheSameTree(t *testing.T) {
 				o    capture.Options
 				read bool
 			}{
-				{"with cache", capture.Options{Cache: first.Cache, Parent: sn}, false},
+				{"with cache", capture.Options{Cache: first.Cache}, false},
 				{"with the cache of a snapshot that is gone", capture.Options{Cache: first.Cache}, false},
-				{"without cache", capture.Options{Parent: sn}, true},
+				{"without cache", capture.Options{}, true},
 				{"with nothing", capture.Options{}, true},
-				{"full scan", capture.Options{Cache: first.Cache, Parent: sn, FullScan: true}, true},
+				{"full scan", capture.Options{Cache: first.Cache, FullScan: true}, true},
 				{"one worker", capture.Options{Workers: 1}, true},
 			} {
 				c.o.Now = ahead
@@ -184,7 +184,7 @@ func TestKnownBlobsAreNotReadWithoutCache(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		res, again, _ := run(t, r, inst, capture.Options{Parent: sn, Known: known, Now: future})
+		res, again, _ := run(t, r, inst, capture.Options{Known: known, Now: future})
 		if *again.Tree != *sn.Tree {
 			t.Errorf("%s: another tree", name)
 		}
@@ -211,7 +211,7 @@ func TestCacheSurvivesTheDisk(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	res, again, st := run(t, r, inst, capture.Options{Cache: c, Parent: sn, Now: ahead})
+	res, again, st := run(t, r, inst, capture.Options{Cache: c, Now: ahead})
 	if *again.Tree != *sn.Tree || res.Stats.BytesRead != 0 || st.NewBlobs != [2]int64{} {
 		t.Errorf("tree same: %v, read %d bytes, new %v", *again.Tree == *sn.Tree, res.Stats.BytesRead, st.NewBlobs)
 	}
@@ -228,7 +228,7 @@ func TestCacheSurvivesTheDisk(t *testing.T) {
 			t.Errorf("a damaged cache of %d bytes gives %v, %v", len(bad), c, err)
 			continue
 		}
-		if _, again, _ := run(t, r, inst, capture.Options{Cache: c, Parent: sn, Now: ahead}); *again.Tree != *sn.Tree {
+		if _, again, _ := run(t, r, inst, capture.Options{Cache: c, Now: ahead}); *again.Tree != *sn.Tree {
 			t.Error("another tree with a damaged cache")
 		}
 	}

@@ -212,7 +212,7 @@ func (s *store) decomposedSpace(ctx context.Context, sp *space) (*snapshotPart, 
 				g.refs = d.old.groups[g.first].refs
 			}
 		}
-		if !br.fresh && s.c.trusted && sum == d.old.print && len(d.old.result) > 0 && len(groups) == len(d.old.groups) {
+		if !br.fresh && sum == d.old.print && len(d.old.result) > 0 && len(groups) == len(d.old.groups) {
 			if part, err := decodePart(d.old.result); err == nil && s.c.hasTrees(part.trees) {
 				s.remember(sp.id, &cachedSpace{folder: sp.folder, print: sum, result: d.old.result}, groups)
 				return part, nil

@@ -27,7 +27,7 @@ func TestIncrementalEqualsFull(t *testing.T) {
 	}
 	inst := instanceOf(dir, "opencloud-posix")
 	r, _ := newRepo(t)
-	res, sn, _ := run(t, r, inst, capture.Options{Now: future})
+	res, _, _ := run(t, r, inst, capture.Options{Now: future})
 	if !res.Manifest.Proof.Complete {
 		t.Fatalf("incomplete: %+v", res.Manifest.Proof.Missing)
 	}
@@ -35,7 +35,7 @@ func TestIncrementalEqualsFull(t *testing.T) {
 		if _, err := storegen.Mutate(t.Context(), dir, round, 0.02); err != nil {
 			t.Fatal(err)
 		}
-		next, inc, _ := run(t, r, inst, capture.Options{Cache: res.Cache, Parent: sn, Now: future})
+		next, inc, _ := run(t, r, inst, capture.Options{Cache: res.Cache, Now: future})
 		_, full, st := run(t, r, inst, capture.Options{Now: future})
 		if *inc.Tree != *full.Tree {
 			t.Fatalf("round %d: the incremental capture gives another tree than the full one", round)
@@ -49,7 +49,7 @@ func TestIncrementalEqualsFull(t *testing.T) {
 		if !next.Manifest.Proof.Complete {
 			t.Fatalf("round %d: incomplete: %+v", round, next.Manifest.Proof)
 		}
-		res, sn = next, inc
+		res = next
 	}
 }
 
@@ -112,7 +112,7 @@ func TestEachChangeIsSeen(t *testing.T) {
 			r, _ := newRepo(t)
 			first, sn, _ := run(t, r, s.inst, capture.Options{Now: future})
 			c.change(s)
-			_, inc, _ := run(t, r, s.inst, capture.Options{Cache: first.Cache, Parent: sn, Now: future})
+			_, inc, _ := run(t, r, s.inst, capture.Options{Cache: first.Cache, Now: future})
 			_, full, _ := run(t, r, s.inst, capture.Options{Now: future})
 			if *inc.Tree == *sn.Tree {
 				t.Error("the change was not seen")
@@ -132,7 +132,7 @@ func TestJustChangedIsReadAgain(t *testing.T) {
 	at := time.Now() // a clock that stands still, because a slow machine takes longer than the window
 	now := func() time.Time { return at }
 	first, sn, _ := run(t, r, s.inst, capture.Options{Now: now})
-	res, again, _ := run(t, r, s.inst, capture.Options{Cache: first.Cache, Parent: sn, Now: now})
+	res, again, _ := run(t, r, s.inst, capture.Options{Cache: first.Cache, Now: now})
 	if res.Stats.BytesRead == 0 {
 		t.Error("what was written a moment ago was not read again")
 	}

@@ -207,7 +207,7 @@ func (s *store) posixSpace(ctx context.Context, sp *space) (*snapshotPart, error
 	}
 	sort.Slice(groups, func(i, j int) bool { return comparePaths(groups[i].first, groups[j].first) < 0 })
 	sum := printOf(groups, sp.folder)
-	same := s.c.trusted && sum == p.old.print && sum != [32]byte{} && len(p.old.result) > 0 && len(groups) == len(p.old.groups)
+	same := sum == p.old.print && sum != [32]byte{} && len(p.old.result) > 0 && len(groups) == len(p.old.groups)
 	for _, g := range groups {
 		same = same && g.reused
 	}

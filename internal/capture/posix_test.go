@@ -171,7 +171,7 @@ func TestForgottenParentIsNotUsed(t *testing.T) {
 	list, err := snapshot.List(t.Context(), r2)
 	p.check(err)
 	t.Log(len(list), "snapshots left")
-	res, _, _ := run(t, r2, p.inst, capture.Options{Now: future, Cache: second.Cache, Parent: list[0]})
+	res, _, _ := run(t, r2, p.inst, capture.Options{Now: future, Cache: second.Cache})
 	dump(t, res)
 	rep, err := verify.Run(t.Context(), r2, verify.Options{})
 	p.check(err)
@@ -192,8 +192,8 @@ func TestSamePictureSameTree(t *testing.T) {
 		old := runtime.GOMAXPROCS(1 + w%4)
 		_, a, _ := run(t, r, inst, capture.Options{Now: future, Workers: w})
 		_, b, _ := run(t, r, inst, capture.Options{Now: future, Workers: w, Cache: first.Cache})
-		_, c, _ := run(t, r, inst, capture.Options{Now: future, Workers: w, Cache: first.Cache, Parent: sn})
-		_, d, _ := run(t, r, inst, capture.Options{Now: future, Workers: w, Parent: sn})
+		_, c, _ := run(t, r, inst, capture.Options{Now: future, Workers: w, Cache: first.Cache})
+		_, d, _ := run(t, r, inst, capture.Options{Now: future, Workers: w})
 		runtime.GOMAXPROCS(old)
 		for i, x := range []*snapshot.Snapshot{a, b, c, d} {
 			if *x.Tree != *sn.Tree {
