@@ -11,6 +11,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"math"
 	"os"
 	"os/user"
 	"path/filepath"
@@ -23,6 +25,7 @@ import (
 	"github.com/holdfast-backup/holdfast/internal/capture"
 	"github.com/holdfast-backup/holdfast/internal/docker"
 	"github.com/holdfast-backup/holdfast/internal/freeze"
+	"github.com/holdfast-backup/holdfast/internal/fssnap"
 	"github.com/holdfast-backup/holdfast/internal/ocis"
 	"github.com/holdfast-backup/holdfast/internal/progress"
 	"github.com/holdfast-backup/holdfast/internal/repo"
@@ -47,6 +50,16 @@ type Options struct {
 	SaveImage                       bool
 	Hostname                        string
 	Tags                            []string
+	// Views are the drivers that may hold the data still while the service runs again: where they cover
+	// every data set, the service is down only while they work. Else everything is read during the freeze.
+	Views []fssnap.Driver
+	// KeepViews leaves the last views on the file systems, as a fast way back.
+	KeepViews int
+	// Cold leaves out the warm copy: what is read while the service still runs, so that the freeze
+	// has to take only what changed since.
+	Cold bool
+	// TargetDowntime ends the warm copy: a pass that takes less is good enough. Zero: 5 s.
+	TargetDowntime time.Duration
 	// DryRun reads and proves, and writes nothing into the repository.
 	DryRun bool
 	// FullScan uses nothing of the last run.
@@ -76,87 +89,242 @@ type Stats struct {
 // Run makes one snapshot. A snapshot whose proof is not complete is kept and named so: look at
 // Result.Manifest.Proof.
 //
-// Errors: *freeze.BusyError if the instance runs although it must not; freeze.ErrNotStarted if it did
-// not come back, also beside a Result: the snapshot is good then.
+// Errors: *freeze.BusyError if the instance runs although it must not; *fssnap.LossyViewError if a view
+// lost something; freeze.ErrNotStarted if the instance did not come back, also beside a Result: the
+// snapshot is good then.
 func Run(ctx context.Context, o Options) (*Result, error) {
-	if o.Now == nil {
-		o.Now = time.Now
-	}
-	start := o.Now()
-	inst := o.Instance
-	for i := range inst.Stores {
-		if s := &inst.Stores[i]; s.S3 != nil {
-			return nil, &UnsupportedError{Store: s.Name, Driver: s.Driver}
-		}
-	}
-	paths := sourcePaths(inst)
-	parent, err := findParent(ctx, o.Repo, o.Hostname, paths)
-	if err != nil {
-		o.warn("%v", err)
-	}
-	cachePath := cachePath(o.CacheDir, o.Repo.ID(), o.Hostname, inst)
-	cache := loadCache(&o, cachePath)
-	var known *capture.Known
-	if parent != nil && !cache.Knows(parent.ID()) && !o.FullScan {
-		if known, err = capture.LoadKnown(ctx, o.Repo, parent, o.Progress); err != nil {
-			return nil, err
-		}
-	}
-	software, err := softwareFiles(&o)
+	b, err := prepare(ctx, &o)
 	if err != nil {
 		return nil, err
 	}
-	var target capture.Target
-	var w *repo.Writer
-	dry := &dryTarget{repo: o.Repo}
-	if o.DryRun {
-		target = dry
-	} else {
-		w = o.Repo.NewWriter(ctx)
-		target = w
+	set, err := b.views(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if set != nil {
+		defer func() {
+			if err := set.Close(context.WithoutCancel(ctx)); err != nil {
+				o.warn("a view is left behind: %v; `holdfast views --remove` removes it", err)
+			}
+		}()
+	} else if err := b.warm(ctx); err != nil {
+		return nil, err
 	}
 
 	// From here to the thaw the service may be down: nothing that can wait is done in between.
 	var got *capture.Result
-	rec, err := freeze.Guarded(ctx, o.Freezer, inst, o.Guard, func(ctx context.Context) error {
-		got, err = capture.Run(ctx, o.Repo, target, capture.Options{
-			Instance: inst, Exclude: excluded(&o), Cache: cache, Parent: parent, Known: known, FullScan: o.FullScan,
-			Software: software, Progress: o.Progress, Now: o.Now,
-		})
+	rec, err := freeze.Guarded(ctx, o.Freezer, o.Instance, o.Guard, func(ctx context.Context) error {
+		if set != nil {
+			return b.makeViews(ctx, set)
+		}
+		var err error
+		got, err = b.capture(ctx, capture.Options{})
 		return err
 	})
-	notStarted := errors.Is(err, freeze.ErrNotStarted)
-	if err != nil && (!notStarted || got == nil || ctx.Err() != nil) {
+	// A service that did not come back is reported, but what was taken is taken.
+	taken := got != nil || set != nil && b.pictureAt != (time.Time{})
+	if err != nil && !(errors.Is(err, freeze.ErrNotStarted) && taken && ctx.Err() == nil) {
 		return nil, err
 	}
-
-	got.Manifest.Holdfast = o.Version
-	got.Manifest.Freeze = freezeRecord(rec)
-	got.Manifest.Views = []snapshot.View{{Kind: "none", Source: inst.BasePath}}
-	res, cerr := commit(ctx, &o, got, target, parent, paths, start)
-	if cerr != nil {
-		return nil, errors.Join(cerr, err)
-	}
-	if o.DryRun {
-		res.Stats.NewBlobs, res.Stats.NewBytes = dry.blobs.Load(), dry.bytes.Load()
-	} else {
-		st := w.Stats()
-		res.Stats.NewBlobs = st.NewBlobs[repo.DataBlob] + st.NewBlobs[repo.TreeBlob]
-		res.Stats.NewBytes = st.PlainBytes[0] + st.PlainBytes[1]
-		res.Stats.StoredBytes = st.StoredBytes[0] + st.StoredBytes[1]
-		if cachePath != "" {
-			got.Cache.Snapshot = res.SnapshotID
-			if err := got.Cache.Save(cachePath); err != nil {
-				o.warn("the next backup will take longer: %v", err)
-			}
+	down := err
+	if set != nil {
+		if got, err = b.captureViews(ctx, set); err != nil {
+			return nil, errors.Join(err, down)
 		}
 	}
-	return res, err
+
+	m := &got.Manifest
+	m.Holdfast, m.Freeze, m.Views = o.Version, freezeRecord(rec), viewRecords(set, o.Instance)
+	res, err := b.commit(ctx, got)
+	if err != nil {
+		return nil, errors.Join(err, down)
+	}
+	b.remember(res, got.Cache)
+	return res, down
+}
+
+// run is the state of one backup.
+type run struct {
+	o         *Options
+	start     time.Time
+	paths     []string
+	parent    *snapshot.Snapshot
+	cachePath string
+	cache     *capture.Cache
+	known     *capture.Known
+	software  map[string]capture.SoftwareFile
+	writer    *repo.Writer // nil: dry run
+	dry       *dryTarget
+	pictureAt time.Time // when the views were made
+}
+
+// prepare does what can be done while the service runs.
+func prepare(ctx context.Context, o *Options) (*run, error) {
+	if o.Now == nil {
+		o.Now = time.Now
+	}
+	b := &run{o: o, start: o.Now(), paths: sourcePaths(o.Instance)}
+	for i := range o.Instance.Stores {
+		if s := &o.Instance.Stores[i]; s.S3 != nil {
+			return nil, &UnsupportedError{Store: s.Name, Driver: s.Driver}
+		}
+	}
+	var err error
+	if b.parent, err = findParent(ctx, o.Repo, o.Hostname, b.paths); err != nil {
+		o.warn("%v", err)
+	}
+	b.cachePath = cachePath(o.CacheDir, o.Repo.ID(), o.Hostname, o.Instance)
+	b.cache = loadCache(o, b.cachePath)
+	if b.parent != nil && !b.cache.Knows(b.parent.ID()) && !o.FullScan {
+		if b.known, err = capture.LoadKnown(ctx, o.Repo, b.parent, o.Progress); err != nil {
+			return nil, err
+		}
+	}
+	if b.software, err = softwareFiles(o); err != nil {
+		return nil, err
+	}
+	if o.DryRun {
+		b.dry = &dryTarget{repo: o.Repo}
+	} else {
+		b.writer = o.Repo.NewWriter(ctx)
+	}
+	return b, nil
+}
+
+func (b *run) target() capture.Target {
+	if b.dry != nil {
+		return b.dry
+	}
+	return b.writer
+}
+
+// capture reads the instance, or its views, with what this run knows of the last one.
+func (b *run) capture(ctx context.Context, c capture.Options) (*capture.Result, error) {
+	o := b.o
+	c.Instance, c.Exclude, c.Software = o.Instance, excluded(o), b.software
+	c.Cache, c.Known, c.FullScan = b.cache, b.known, o.FullScan
+	c.Progress, c.Now = o.Progress, o.Now
+	return capture.Run(ctx, o.Repo, b.target(), c)
+}
+
+// warm copies while the service runs, again and again as long as it helps: blobs are written once, so
+// what is stored now need not be read during the freeze. It makes no snapshot. What it reads of files
+// that change meanwhile is of no use and does no harm: the frozen pass compares everything again.
+func (b *run) warm(ctx context.Context) error {
+	o := b.o
+	if o.Cold || o.DryRun || o.FullScan || o.Freezer.Method() == freeze.KindNone {
+		return nil
+	}
+	target := o.TargetDowntime
+	if target <= 0 {
+		target = 5 * time.Second
+	}
+	const passes = 4
+	last := time.Duration(math.MaxInt64)
+	for pass := 1; pass <= passes; pass++ {
+		began := time.Now()
+		got, err := b.capture(ctx, capture.Options{Warm: true})
+		if errors.Is(err, fs.ErrNotExist) && ctx.Err() == nil {
+			return nil // a space was removed in the middle: what was copied until then is still of use
+		}
+		if err != nil {
+			return fmt.Errorf("warm copy: %w", err)
+		}
+		// Durable and in the index, so that the next pass can count on it.
+		if err := b.writer.Flush(ctx); err != nil {
+			return fmt.Errorf("warm copy: %w", err)
+		}
+		b.cache = got.Cache
+		took := time.Since(began)
+		o.Progress.Emit(progress.Event{Kind: progress.Verbose, Phase: "warm",
+			Message: fmt.Sprintf("warm pass %d took %.1f s and read %d bytes", pass, took.Seconds(), got.Stats.BytesRead)})
+		if took <= target || took > last*3/4 {
+			return nil
+		}
+		last = took
+	}
+	return nil
+}
+
+// views finds out whether all data sets can be held still. nil: at least one cannot.
+func (b *run) views(ctx context.Context) (*fssnap.Set, error) {
+	o := b.o
+	if len(o.Views) == 0 {
+		return nil, nil
+	}
+	var paths []string
+	for _, d := range o.Instance.DataSets {
+		if d.Found && !excluded(o)[d.Name] {
+			paths = append(paths, d.Path)
+		}
+	}
+	set, err := fssnap.NewSet(ctx, o.Views, paths, fssnap.Options{
+		StateDir: o.Guard.StateDir, Label: o.Instance.BasePath, KeepLast: o.KeepViews, Now: o.Now,
+	})
+	if err != nil {
+		return nil, err
+	}
+	for _, p := range paths {
+		if _, ok := set.Translate(p); !ok {
+			o.Progress.Emit(progress.Event{Kind: progress.Info, Phase: "view",
+				Message: fmt.Sprintf("no views: %s cannot be held still (%v); it is copied before and during the stop instead", p, set.Reason(p))})
+			return nil, set.Close(ctx)
+		}
+	}
+	return set, nil
+}
+
+// makeViews makes the views while nothing writes, and compares a sample with the source.
+func (b *run) makeViews(ctx context.Context, set *fssnap.Set) error {
+	b.o.Progress.Emit(progress.Event{Kind: progress.Start, Phase: "view"})
+	if err := set.Create(ctx); err != nil {
+		return err
+	}
+	var roots []string
+	for _, s := range b.o.Instance.Stores {
+		roots = append(roots, s.Root)
+	}
+	if _, err := set.Verify(ctx, fssnap.VerifyOptions{Roots: roots, Frozen: true}); err != nil {
+		return err
+	}
+	b.pictureAt = b.o.Now()
+	b.o.Progress.Emit(progress.Event{Kind: progress.Finish, Phase: "view"})
+	return nil
+}
+
+// captureViews reads the views after the thaw.
+func (b *run) captureViews(ctx context.Context, set *fssnap.Set) (*capture.Result, error) {
+	got, err := b.capture(ctx, capture.Options{
+		PictureAt: b.pictureAt,
+		View: func(p string) string {
+			if v, ok := set.Translate(p); ok {
+				return v
+			}
+			return p // not data of the instance: the server's binary, an environment file
+		},
+	})
+	if err != nil {
+		return nil, err
+	}
+	return got, set.Check(ctx) // a view that overflowed while it was read is no picture
+}
+
+func viewRecords(set *fssnap.Set, inst *ocis.Instance) []snapshot.View {
+	if set == nil {
+		return []snapshot.View{{Kind: "none", Source: inst.BasePath}}
+	}
+	var out []snapshot.View
+	for _, v := range set.Views() {
+		at := v.MadeAt.UTC()
+		out = append(out, snapshot.View{Kind: v.Kind, Source: v.Source, MadeAt: &at})
+	}
+	return out
 }
 
 // commit writes the manifest, makes everything durable, and then the snapshot record: until that is
 // there nothing of the backup is visible.
-func commit(ctx context.Context, o *Options, got *capture.Result, target capture.Target, parent *snapshot.Snapshot, paths []string, start time.Time) (*Result, error) {
+func (b *run) commit(ctx context.Context, got *capture.Result) (*Result, error) {
+	o := b.o
 	o.Progress.Emit(progress.Event{Kind: progress.Start, Phase: "commit"})
 	tree, err := got.Finish(ctx, readme)
 	if err != nil {
@@ -165,30 +333,32 @@ func commit(ctx context.Context, o *Options, got *capture.Result, target capture
 	res := &Result{Manifest: got.Manifest}
 	st := &res.Stats
 	st.Entries, st.Files, st.Dirs, st.Bytes, st.BytesRead = got.Stats.Entries, got.Stats.Files, got.Stats.Dirs, got.Stats.Bytes, got.Stats.BytesRead
-	var parentID *id.ID
-	if parent != nil {
-		d := parent.ID()
-		parentID = &d
-		res.Parent = parentID
+	if b.parent != nil {
+		d := b.parent.ID()
+		res.Parent = &d
 	}
-	if w, ok := target.(*repo.Writer); ok {
-		if err := w.Flush(ctx); err != nil {
+	if b.dry != nil {
+		st.NewBlobs, st.NewBytes = b.dry.blobs.Load(), b.dry.bytes.Load()
+	} else {
+		if err := b.writer.Flush(ctx); err != nil {
 			return nil, fmt.Errorf("write the last packs and the index: %w", err)
 		}
 		// A lock that was lost in the meantime means that another program may have pruned.
 		if err := context.Cause(ctx); err != nil {
 			return nil, err
 		}
-		ws := w.Stats()
-		end := o.Now()
+		ws := b.writer.Stats()
+		st.NewBlobs = ws.NewBlobs[repo.DataBlob] + ws.NewBlobs[repo.TreeBlob]
+		st.NewBytes = ws.PlainBytes[repo.DataBlob] + ws.PlainBytes[repo.TreeBlob]
+		st.StoredBytes = ws.StoredBytes[repo.DataBlob] + ws.StoredBytes[repo.TreeBlob]
 		sn := &snapshot.Snapshot{
-			Time: start, Parent: parentID, Tree: &tree, Paths: paths, Hostname: o.Hostname, Username: userName(),
+			Time: b.start, Parent: res.Parent, Tree: &tree, Paths: b.paths, Hostname: o.Hostname, Username: userName(),
 			UID: uint32(os.Getuid()), GID: uint32(os.Getgid()), Tags: tags(o),
 			ProgramVersion: "holdfast " + o.Version,
 			Summary: &snapshot.Summary{
-				BackupStart: start, BackupEnd: end, FilesUnmodified: 0,
+				BackupStart: b.start, BackupEnd: o.Now(),
 				DataBlobs: int(ws.NewBlobs[repo.DataBlob]), TreeBlobs: int(ws.NewBlobs[repo.TreeBlob]),
-				DataAdded: uint64(ws.PlainBytes[0] + ws.PlainBytes[1]), DataAddedPacked: uint64(ws.StoredBytes[0] + ws.StoredBytes[1]),
+				DataAdded: uint64(st.NewBytes), DataAddedPacked: uint64(st.StoredBytes),
 				TotalFilesProcessed: uint(st.Files), TotalBytesProcessed: uint64(st.Bytes),
 			},
 		}
@@ -197,9 +367,20 @@ func commit(ctx context.Context, o *Options, got *capture.Result, target capture
 		}
 		res.SnapshotID = sn.ID()
 	}
-	st.Duration = o.Now().Sub(start)
+	st.Duration = o.Now().Sub(b.start)
 	o.Progress.Emit(progress.Event{Kind: progress.Finish, Phase: "commit"})
 	return res, nil
+}
+
+// remember writes the cache for the next run. Failing is no harm.
+func (b *run) remember(res *Result, c *capture.Cache) {
+	if b.cachePath == "" || b.dry != nil {
+		return
+	}
+	c.Snapshot = res.SnapshotID
+	if err := c.Save(b.cachePath); err != nil {
+		b.o.warn("the next backup will take longer: %v", err)
+	}
 }
 
 func (o *Options) warn(format string, args ...any) {
