@@ -1,5 +1,5 @@
-// Package docker reads from the Docker Engine API what Holdfast needs: containers, images, volumes.
-// It speaks HTTP over the engine's unix socket, with the standard library only. Podman's service
+// Package docker reads from the Docker Engine API what Holdfast needs: containers, images, volumes;
+// and stops and starts containers. It speaks HTTP over the engine's unix socket, with the standard library only. Podman's service
 // answers the same requests.
 package docker
 
@@ -102,7 +102,7 @@ func (c *Client) Ping(ctx context.Context) (string, error) {
 	if c.asked {
 		return c.version, nil
 	}
-	res, err := c.do(ctx, http.MethodGet, "/_ping")
+	res, err := c.do(ctx, http.MethodGet, "/_ping", nil)
 	if err != nil {
 		return "", err
 	}
@@ -111,8 +111,12 @@ func (c *Client) Ping(ctx context.Context) (string, error) {
 	return c.version, nil
 }
 
-// get requests path, with the engine's own API version before it: requests without one go away.
 func (c *Client) get(ctx context.Context, path string, query url.Values) (*http.Response, error) {
+	return c.request(ctx, http.MethodGet, path, query, nil)
+}
+
+// request adds the engine's own API version to path: requests without one go away.
+func (c *Client) request(ctx context.Context, method, path string, query url.Values, body io.Reader) (*http.Response, error) {
 	v, err := c.Ping(ctx)
 	if err != nil {
 		return nil, err
@@ -123,13 +127,16 @@ func (c *Client) get(ctx context.Context, path string, query url.Values) (*http.
 	if len(query) > 0 {
 		path += "?" + query.Encode()
 	}
-	return c.do(ctx, http.MethodGet, path)
+	return c.do(ctx, method, path, body)
 }
 
-func (c *Client) do(ctx context.Context, method, path string) (*http.Response, error) {
-	req, err := http.NewRequestWithContext(ctx, method, "http://docker"+path, nil)
+func (c *Client) do(ctx context.Context, method, path string, body io.Reader) (*http.Response, error) {
+	req, err := http.NewRequestWithContext(ctx, method, "http://docker"+path, body)
 	if err != nil {
 		return nil, err
+	}
+	if body != nil {
+		req.Header.Set("Content-Type", "application/json")
 	}
 	res, err := c.http.Do(req)
 	if err != nil {
@@ -147,13 +154,13 @@ func (c *Client) do(ctx context.Context, method, path string) (*http.Response, e
 	}
 	defer drain(res.Body)
 	e := &APIError{Request: method + " " + path, Status: res.StatusCode}
-	body, _ := io.ReadAll(io.LimitReader(res.Body, 64<<10))
+	text, _ := io.ReadAll(io.LimitReader(res.Body, 64<<10))
 	var m struct {
 		Message string `json:"message"`
 	}
-	if json.Unmarshal(body, &m) == nil && m.Message != "" {
+	if json.Unmarshal(text, &m) == nil && m.Message != "" {
 		e.Message = m.Message
-	} else if e.Message = strings.TrimSpace(string(body)); e.Message == "" {
+	} else if e.Message = strings.TrimSpace(string(text)); e.Message == "" {
 		e.Message = http.StatusText(res.StatusCode)
 	}
 	return nil, e
@@ -194,21 +201,45 @@ type Container struct {
 	ImageID string `json:"Image"`
 	Path    string `json:"Path"`
 	Args    []string
-	State   struct {
-		Status  string
-		Running bool
-		Pid     int
-	}
-	Config struct {
+	State   State
+	Config  struct {
 		User       string
 		Env        []string
 		Image      string // as it was named when the container was made
 		WorkingDir string
 		Labels     map[string]string
+		StopSignal string // "" is SIGTERM
+	}
+	HostConfig struct {
+		RestartPolicy RestartPolicy
+		AutoRemove    bool   // --rm
+		NetworkMode   string // "container:ID" for that of another one, as are the following
+		PidMode       string
+		IpcMode       string
 	}
 	Mounts []Mount
 	// Raw is the whole answer.
 	Raw json.RawMessage `json:"-"`
+}
+
+// State is what a container does. One that is paused, or waits to be restarted, is running as well.
+type State struct {
+	Status     string // created, running, paused, restarting, removing, exited, dead
+	Running    bool
+	Paused     bool
+	Restarting bool
+	Pid        int // of the first process, as the engine's host numbers it; 0 if there is none
+	ExitCode   int
+	Error      string // why the last start failed
+	Health     *struct {
+		Status string // starting, healthy, unhealthy, none
+	}
+}
+
+// RestartPolicy says when the engine brings a container back.
+type RestartPolicy struct {
+	Name              string // "", no, always, unless-stopped, on-failure
+	MaximumRetryCount int    // of on-failure
 }
 
 // Mount is one mount of a container.

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"os"
 	"time"
 
 	"github.com/holdfast-backup/holdfast/internal/ocis"
@@ -60,4 +61,19 @@ func AwaitUse(ctx context.Context, r Recipe, holds bool, up func(context.Context
 			return context.Cause(ctx)
 		}
 	}
+}
+
+// NewReady makes the test of readiness from the options of a freezer: a command runs in the current
+// directory, with the environment of this process without the variables of Holdfast and restic.
+func NewReady(command, url string, timeout time.Duration) (Ready, error) {
+	r := Ready{URL: url, Timeout: timeout}
+	if command == "" {
+		return r, nil
+	}
+	dir, err := os.Getwd()
+	if err != nil {
+		return r, fmt.Errorf("the directory to run the ready command in: %w", err)
+	}
+	r.Command, r.Dir, r.Env = Text(command), Text(dir), commandEnv()
+	return r, nil
 }
