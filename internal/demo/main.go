@@ -131,8 +131,8 @@ const (
 const settings = `repository: repository
 password-file: password
 cache-dir: cache
+state-dir: state
 backup:
-  state-dir: state
   base-data-path: opencloud-posix/data
   config-dir: opencloud-posix/config
   freeze: none

@@ -410,7 +410,10 @@ func (s *sources) fromProcess(ctx context.Context, o *Options) error {
 	env := environment{}
 	env.addList(list, fmt.Sprintf("the environment of process %d", o.PID))
 	s.env.merge(env)
-	s.addFile("process.env", "", envText(list))
+	// Who starts the server and the backup from one shell gives it our password, too.
+	s.addFile("process.env", "", envText(slices.DeleteFunc(list, func(kv string) bool {
+		return strings.HasPrefix(kv, "HOLDFAST_") || strings.HasPrefix(kv, "RESTIC_")
+	})))
 
 	exe, err := os.Readlink(filepath.Join(dir, "exe"))
 	if err != nil {
