@@ -16,6 +16,11 @@ want=(
   tar:tar
   zstd:zstd
   python3:python3 # the recipe in each snapshot is tried
+  dockerd:docker.io
+  dbus-daemon:dbus
+  busybox:busybox-static # must be static
+  ps:procps
+  blkid:util-linux
   zfs-fuse:zfs-fuse
 )
 PATH=$PATH:/usr/sbin:/sbin

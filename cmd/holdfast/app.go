@@ -37,6 +37,8 @@ type app struct {
 
 	// held is true from before the instance is stopped until it was started again.
 	held atomic.Bool
+	// passOn gets the signals while a program of the user runs, instead of this one.
+	passOn atomic.Pointer[func(os.Signal)]
 }
 
 // globalOptions are the flags of every verb.
@@ -46,6 +48,7 @@ type globalOptions struct {
 	passwordFile    string
 	passwordCommand string
 	retryLock       time.Duration
+	stateDir        string
 	cacheDir        string
 	json            bool
 	quiet           bool
@@ -95,6 +98,10 @@ order: flag, environment, file. Exceptions: --repo is HOLDFAST_REPOSITORY and
 flag. RESTIC_REPOSITORY, RESTIC_PASSWORD_FILE, RESTIC_PASSWORD_COMMAND and
 RESTIC_PASSWORD are used where ours are not set.
 
+An instance that was stopped for a backup is started again whatever happens. Should
+the machine go down, or everything be killed at once, then the next command of any
+kind starts it, or holdfast thaw; holdfast status tells about it.
+
 ` + exitHelp(),
 		SilenceErrors: true,
 		SilenceUsage:  true,
@@ -112,6 +119,7 @@ RESTIC_PASSWORD are used where ours are not set.
 	f.StringVar(&a.opt.passwordCommand, "password-command", "", "shell `command` that prints the password")
 	f.StringVar(&a.opt.configFile, "config-file", "", "settings `file` (default "+settings.DefaultFile+" if it exists)")
 	f.StringVar(&a.opt.cacheDir, "cache-dir", "", "`directory` for what speeds up the next backup; may be deleted at any time")
+	f.StringVar(&a.opt.stateDir, "state-dir", "", "`directory` for the record of what must be started again (default\n$XDG_STATE_HOME/holdfast; else /var/lib/holdfast for root, ~/.local/state/holdfast for others)")
 	f.DurationVar(&a.opt.retryLock, "retry-lock", 0, "how long to wait for a locked repository, e.g. 10m")
 	f.BoolVar(&a.opt.json, "json", false, "print one JSON object a line")
 	f.BoolVarP(&a.opt.quiet, "quiet", "q", false, "print warnings, errors and what was asked for only")
@@ -120,7 +128,8 @@ RESTIC_PASSWORD are used where ours are not set.
 	root.AddCommand(
 		a.initCommand(), a.backupCommand(), a.snapshotsCommand(), a.lsCommand(), a.restoreCommand(),
 		a.checkCommand(), a.keyCommand(), a.unlockCommand(), a.discoverCommand(),
-		a.versionCommand(), a.generateCommand(),
+		a.viewsCommand(), a.withViewCommand(), a.overlayVerbCommand(),
+		a.statusCommand(), a.thawCommand(), a.versionCommand(), a.generateCommand(),
 	)
 	root.InitDefaultHelpCmd()
 	return root
@@ -162,7 +171,14 @@ func (a *app) verb(fn func(ctx context.Context, args []string) error) func(*cobr
 			known = append(known, names...)
 		}
 		for _, name := range settings.Strangers(a.environ, known) {
+			if _, ok := a.getenv(viewVariable("base")); ok && strings.HasPrefix(name, viewVariable("")) {
+				continue // run by with-view
+			}
 			a.ui.Warn("the variable %s is no setting of Holdfast and is ignored", name)
+		}
+		a.startLeft(c.Context(), a.verbName(c))
+		if err := c.Context().Err(); err != nil {
+			return err
 		}
 		// Errors take their cause here, where the innermost context is at hand; run adds the rest.
 		return fn(c.Context(), args)
@@ -185,9 +201,13 @@ func (a *app) settings(c *cobra.Command) error {
 	if err != nil {
 		return err
 	}
-	verb := strings.TrimPrefix(c.CommandPath(), a.root.Name()+" ")
-	a.set, err = settings.Apply(c.Flags(), verb, file, a.getenv)
+	a.set, err = settings.Apply(c.Flags(), a.verbName(c), file, a.getenv)
 	return err
+}
+
+// verbName is the verb as it is typed: backup, key add.
+func (a *app) verbName(c *cobra.Command) string {
+	return strings.TrimPrefix(c.CommandPath(), a.root.Name()+" ")
 }
 
 // flagNames lists the flags of every verb.
@@ -195,7 +215,7 @@ func flagNames(root *cobra.Command) map[string][]string {
 	out := map[string][]string{}
 	var walk func(c *cobra.Command)
 	walk = func(c *cobra.Command) {
-		if c.Runnable() && c != root {
+		if c.Runnable() && c != root && !c.Hidden {
 			var names []string
 			add := func(f *pflag.Flag) { names = append(names, f.Name) }
 			c.LocalFlags().VisitAll(add)
@@ -252,6 +272,11 @@ func (a *app) signals() (context.Context, func()) {
 					return
 				}
 				s = <-ch
+			}
+			if forward := a.passOn.Load(); forward != nil {
+				(*forward)(s)
+				n--
+				continue
 			}
 			cancel(fmt.Errorf("%w by %s", errInterrupted, unix.SignalName(s.(syscall.Signal))))
 			switch {

@@ -6,11 +6,13 @@ import (
 	"fmt"
 	"os"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/holdfast-backup/holdfast/internal/backup"
 	"github.com/holdfast-backup/holdfast/internal/discover"
+	"github.com/holdfast-backup/holdfast/internal/freeze"
 	"github.com/holdfast-backup/holdfast/internal/progress"
 	"github.com/holdfast-backup/holdfast/internal/repo"
 	"github.com/holdfast-backup/holdfast/internal/snapshot"
@@ -21,6 +23,9 @@ import (
 type backupFlags struct {
 	place                           placeFlags
 	freeze                          freezeFlags
+	view                            viewFlags
+	cold                            bool
+	targetDowntime                  time.Duration
 	repo                            repoOptions
 	excludeIndex, excludeThumbnails bool
 	saveImage, dryRun, fullScan     bool
@@ -38,21 +43,35 @@ and blobs, at one moment. Every file, version and trashed item that the metadata
 names must be in the snapshot; if something is missing at the source, the snapshot is
 kept, is called incomplete, and the exit code is 3.
 
-While it is read nothing may write to the instance. With --freeze=none it must be
-stopped already, which is checked. With --freeze=command Holdfast stops it with
---stop-command and starts it again with --start-command, whatever happens.
+While it is read nothing may write to the instance, which is proven, not believed.
+--freeze says how it is stopped and started:
+
+` + wayHelp() + `
+It is started again whatever happens: a guard process does that if this one is killed,
+hangs, or takes longer than --max-downtime; then the backup is given up.
+
+Where the filesystems can make snapshots of all the data, it is stopped only for as long
+as that takes, and the views are read afterwards. --view says how:
+
+` + viewHelp() + `
+Elsewhere what is new is copied before the stop, again and again until what is left can be
+read within --target-downtime; then only what changed since is read during the stop.
 
 Blobs that are stored already are not read again.
 
 ` + exitHelp(append([]int{exitIncomplete, exitNotStarted}, repoCodes...)...),
 		Example: `  holdfast backup --base-data-path /var/lib/ocis --config-dir /etc/ocis --freeze none
-  holdfast backup --stop-command 'systemctl stop ocis' --start-command 'systemctl start ocis'`,
+  holdfast backup --stop-command 'systemctl stop ocis' --start-command 'systemctl start ocis'
+  holdfast backup --freeze process --ready-url https://localhost:9200/healthz`,
 		Args: args(0, 0, "no arguments"),
 		RunE: a.verb(func(ctx context.Context, _ []string) error { return a.backup(ctx, &f) }),
 	}
 	f.place.add(c)
 	f.freeze.add(c)
+	f.view.add(c)
 	fs := c.Flags()
+	fs.BoolVar(&f.cold, "cold", false, "read nothing before the stop")
+	fs.DurationVar(&f.targetDowntime, "target-downtime", 5*time.Second, "go on copying before the stop until this would do for the rest")
 	fs.BoolVar(&f.excludeIndex, "exclude-index", false, "leave the search index out; it must be made anew after a restore")
 	fs.BoolVar(&f.excludeThumbnails, "exclude-thumbnails", false, "leave thumbnails out; the server makes them anew")
 	fs.BoolVar(&f.saveImage, "save-image", false, "save the container image itself, too")
@@ -67,7 +86,7 @@ Blobs that are stored already are not read again.
 
 func (a *app) backup(ctx context.Context, f *backupFlags) error {
 	sink := a.ui.Sink()
-	fz, err := f.freeze.freezer(sink)
+	fz, err := f.freeze.freezer(f.place.pid, sink)
 	if err != nil {
 		return err
 	}
@@ -76,12 +95,19 @@ func (a *app) backup(ctx context.Context, f *backupFlags) error {
 		return err
 	}
 	where.NoSizes = true
+	if f.targetDowntime <= 0 {
+		return usageError("--target-downtime must be longer than nothing, not %s", f.targetDowntime)
+	}
+	a.removeLeftViews(ctx)
 	if f.host == "" {
 		if f.host, err = os.Hostname(); err != nil {
 			return ui.WithHints(fmt.Errorf("cannot tell the name of this machine: %w", err), "Set --host.")
 		}
 	}
 	var res *backup.Result
+	var rec freeze.Record
+	guard := f.freeze.guard(a)
+	guard.Observe = func(r freeze.Record) { rec = r }
 	err = a.withRepository(ctx, f.repo, lockShared, func(ctx context.Context, r *repo.Repository) error {
 		inst, err := discover.Discover(ctx, where)
 		if err != nil {
@@ -90,6 +116,13 @@ func (a *app) backup(ctx context.Context, f *backupFlags) error {
 		for _, w := range inst.Warnings {
 			a.ui.Warn("%s", w)
 		}
+		if fz, err = f.freeze.settle(ctx, fz, inst, sink); err != nil {
+			return err
+		}
+		drivers, err := a.backupDrivers(&f.view, fz.Method())
+		if err != nil {
+			return err
+		}
 		if err := a.loadIndex(ctx, r); err != nil {
 			return err
 		}
@@ -97,15 +130,16 @@ func (a *app) backup(ctx context.Context, f *backupFlags) error {
 		a.held.Store(fz.Method() != "none")
 		defer a.held.Store(false)
 		res, err = backup.Run(ctx, backup.Options{
-			Instance: inst, Repo: r, Freezer: fz, Guard: f.freeze.guard(sink), CacheDir: a.cacheDir(),
+			Instance: inst, Repo: r, Freezer: fz, Guard: guard, CacheDir: a.cacheDir(),
+			Views: drivers, KeepViews: f.view.keep, Cold: f.cold, TargetDowntime: f.targetDowntime,
 			ExcludeIndex: f.excludeIndex, ExcludeThumbnails: f.excludeThumbnails,
 			ServerBinary: f.place.serverBinary, SaveImage: f.saveImage, Hostname: f.host, Tags: f.tags,
 			DryRun: f.dryRun, FullScan: f.fullScan, Progress: a.untilThawed(sink), Version: version,
 		})
-		return err
+		return explainNotReady(hintRunning(err, fz.Method()))
 	})
 	if res != nil { // also when the instance did not start again after a good backup
-		a.showBackup(res, f.dryRun)
+		a.showBackup(res, rec, f.dryRun)
 	}
 	switch {
 	case err != nil:
@@ -146,20 +180,21 @@ type backupSummary struct {
 	NewBytes       int64           `json:"new_bytes"`
 	StoredBytes    int64           `json:"stored_bytes"`
 	Seconds        float64         `json:"seconds"`
-	Freeze         snapshot.Freeze `json:"freeze"`
+	Freeze         freezeSummary   `json:"freeze"`
+	Views          []snapshot.View `json:"views"`
 	Proof          snapshot.Proof  `json:"proof"`
 }
 
 // maxListed is how many missing blobs the summary for people lists; all are in the manifest.
 const maxListed = 1000
 
-func (a *app) showBackup(res *backup.Result, dryRun bool) {
+func (a *app) showBackup(res *backup.Result, rec freeze.Record, dryRun bool) {
 	m, st, p := &res.Manifest, &res.Stats, &res.Manifest.Proof
 	if a.ui.JSON() {
 		s := backupSummary{
 			Event: "summary", Verb: "backup", DryRun: dryRun, Product: m.Product, ProductVersion: m.ProductVersion,
 			Files: st.Files, Folders: st.Dirs, Bytes: st.Bytes, NewBlobs: st.NewBlobs, NewBytes: st.NewBytes,
-			StoredBytes: st.StoredBytes, Seconds: st.Duration.Seconds(), Freeze: m.Freeze, Proof: *p,
+			StoredBytes: st.StoredBytes, Seconds: st.Duration.Seconds(), Freeze: newFreezeSummary(m.Freeze, rec), Views: m.Views, Proof: *p,
 		}
 		if s.Proof.Missing == nil {
 			s.Proof.Missing = []snapshot.Missing{}
@@ -187,8 +222,8 @@ func (a *app) showBackup(res *backup.Result, dryRun bool) {
 			fmt.Sprintf("  holds:    %s, %s, %s", ui.Count(st.Files, "file"), ui.Count(st.Dirs, "folder"), ui.Bytes(st.Bytes)),
 			fmt.Sprintf("  new:      %s, %s, stored in %s", ui.Count(st.NewBlobs, "blob"), ui.Bytes(st.NewBytes), ui.Bytes(st.StoredBytes)),
 		}
-		if m.Freeze.SecondsStopped > 0 {
-			lines = append(lines, fmt.Sprintf("  stopped:  %.1f s, by %s", m.Freeze.SecondsStopped, m.Freeze.Method))
+		if line := downtimeLine(rec); line != "" {
+			lines = append(lines, "  stopped:  "+line)
 		}
 		verdict := "complete"
 		if !p.Complete {

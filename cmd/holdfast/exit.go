@@ -125,7 +125,7 @@ func explain(ctx context.Context, err error) error {
 	case errors.Is(err, freeze.ErrGivenUp):
 		return ui.WithHints(err, "What was stored stays, and need not be stored again by the next backup.",
 			"--max-downtime says how long the instance may be down.")
-	case errors.Is(err, freeze.ErrRunning):
+	case errors.Is(err, freeze.ErrRunning) && len(ui.Hints(err)) == 0:
 		return ui.WithHints(err, "Nothing was changed. Stop the instance first.")
 	}
 	return err

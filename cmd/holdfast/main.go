@@ -10,9 +10,11 @@ import (
 	"runtime/debug"
 
 	"github.com/holdfast-backup/holdfast/internal/freeze"
+	"github.com/holdfast-backup/holdfast/internal/freeze/auto"
 )
 
 func main() {
+	auto.Register() // a guard, and thaw, must know how to start what another way has stopped
 	// A second copy of this program that holds the promise to start the instance never returns.
 	freeze.MaybeGuard()
 	// Buffers are pooled and bounded, so little is garbage; collecting earlier than Go's default of 100

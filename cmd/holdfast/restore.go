@@ -26,6 +26,7 @@ type restoreFlags struct {
 	start                    freezeFlags
 	overwrite, trustTimes    bool
 	dryRun, noLock, allowVer bool
+	dropIDCache              bool
 	owner                    string
 	only                     []string
 	environmentDir           string
@@ -65,6 +66,7 @@ into a folder to look at.
 	fs.StringVar(&p.configDir, "config-dir", "", "`directory` to restore the configuration to (default: where it was)")
 	fs.StringArrayVar(&p.maps, "map", nil, "restore what was at OLD to NEW: `OLD=NEW`; OLD may be the server's own name of it; may be repeated")
 	fs.BoolVar(&f.overwrite, "overwrite", false, "restore onto what is there; what is in the way is moved aside")
+	fs.BoolVar(&f.dropIDCache, "drop-id-cache", false, "leave out the id cache of the posix driver, which holds old paths; the server makes it anew")
 	fs.BoolVar(&f.trustTimes, "trust-times", false, "with --overwrite: do not read files whose size and time are right")
 	fs.StringVar(&f.owner, "owner", "", "give everything to `UID:GID` instead of the recorded owners")
 	fs.StringArrayVar(&f.only, "only", nil, "restore this data `set` only; may be repeated")
@@ -75,9 +77,7 @@ into a folder to look at.
 	fs.StringVar(&p.unit, "unit", "", "the systemd `unit` of the server here, to find its program")
 	fs.StringVar(&f.environmentDir, "environment-dir", "", "write what configured the instance from outside into this `directory`")
 	fs.StringVar(&f.start.start, "start-command", "", "shell `command` that starts the instance after the restore")
-	fs.StringVar(&f.start.ready, "ready-command", "", "shell `command` that succeeds as soon as the instance is ready")
-	fs.StringVar(&f.start.url, "ready-url", "", "`address` that answers as soon as the instance is ready")
-	fs.DurationVar(&f.start.readyTimeout, "ready-timeout", freeze.DefaultReadyTimeout, "how long it may take to be ready")
+	f.start.addStart(c)
 	fs.StringVar(&f.reindex, "reindex-command", "", "shell `command` that makes the search index anew; run after the start\nif the snapshot holds no index")
 	noLockFlag(c, &f.noLock)
 	return c
@@ -158,6 +158,9 @@ func (a *app) restore(ctx context.Context, arg string, f *restoreFlags) error {
 	if err != nil || f.dryRun {
 		return err
 	}
+	if err := a.idCache(plan, f.dropIDCache); err != nil {
+		return err
+	}
 	return a.startRestored(ctx, plan, f)
 }
 
@@ -205,7 +208,7 @@ func (a *app) startRestored(ctx context.Context, plan *restore.Plan, f *restoreF
 	// The freezer knows how to start and to wait; there is nothing to stop.
 	f.start.stop, f.start.method = ":", "command"
 	f.start.stopTimeout, f.start.maxDowntime = freeze.DefaultStopTimeout, freeze.DefaultMaxDowntime
-	fz, err := f.start.freezer(a.ui.Sink())
+	fz, err := f.start.freezer(0, a.ui.Sink())
 	if err != nil {
 		return err
 	}

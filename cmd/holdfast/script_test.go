@@ -3,8 +3,11 @@ package main
 import (
 	"context"
 	"errors"
+	"flag"
+	"fmt"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -13,9 +16,11 @@ import (
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-backup/holdfast/internal/backend/local"
 	"github.com/holdfast-backup/holdfast/internal/freeze"
+	"github.com/holdfast-backup/holdfast/internal/fssnap"
 	"github.com/holdfast-backup/holdfast/internal/repo"
 	"github.com/holdfast-backup/holdfast/internal/testfixture"
 )
@@ -23,7 +28,41 @@ import (
 // The scripts run the real main as a program of its own.
 func TestMain(m *testing.M) {
 	freeze.MaybeGuard()
-	testscript.Main(m, map[string]func(){"holdfast": main})
+	// The scripts wait for locks and starts more than they compute. -parallel goes before this.
+	if err := flag.Set("test.parallel", "6"); err != nil {
+		panic(err)
+	}
+	testscript.Main(m, map[string]func(){"holdfast": main, "cloud": cloudMain})
+}
+
+// cloudMain is the server of the scripts: as the product does, it locks the database, and ends on
+// SIGTERM. If the file stop-this is there, it first stops the process whose id is in it: so a backup
+// stands still just between the end of the server and its own next step.
+func cloudMain() {
+	must := func(err error) {
+		if err != nil {
+			fmt.Fprintln(os.Stderr, "cloud:", err)
+			os.Exit(1)
+		}
+	}
+	sig := make(chan os.Signal, 1)
+	signal.Notify(sig, syscall.SIGTERM)
+	dir := os.Getenv("CLOUD_DIR")
+	db, err := os.OpenFile(filepath.Join(dir, os.Getenv("CLOUD_DB")), os.O_RDWR, 0)
+	must(err)
+	must(unix.Flock(int(db.Fd()), unix.LOCK_EX|unix.LOCK_NB))
+	pid := []byte(strconv.Itoa(os.Getpid()))
+	// Renamed, so that nobody reads half of it.
+	must(os.WriteFile(filepath.Join(dir, "server.new"), pid, 0o644))
+	must(os.Rename(filepath.Join(dir, "server.new"), filepath.Join(dir, "server")))
+	<-sig
+	stop := filepath.Join(dir, "stop-this")
+	if data, err := os.ReadFile(stop); err == nil {
+		n, err := strconv.Atoi(strings.TrimSpace(string(data)))
+		must(err)
+		must(os.Remove(stop))
+		must(syscall.Kill(n, syscall.SIGSTOP))
+	}
 }
 
 func TestScripts(t *testing.T) {
@@ -34,6 +73,7 @@ func TestScripts(t *testing.T) {
 			home := filepath.Join(e.WorkDir, "home")
 			settings := filepath.Join(home, "empty.yaml")
 			e.Setenv("HOME", home)
+			e.Setenv("GORACE", "atexit_sleep_ms=0") // the race detector would add a second to each run
 			e.Setenv("TZ", "UTC")
 			e.Setenv("TERM", "dumb")
 			e.Setenv("HOLDFAST_CONFIG_FILE", settings) // not the one of this machine
@@ -55,6 +95,10 @@ func TestScripts(t *testing.T) {
 			"odd":        cmdOdd,
 			"signal":     cmdSignal,
 			"await":      cmdAwait,
+			"gone":       cmdGone,
+			"server":     cmdServer,
+			"restarted":  cmdRestarted,
+			"btrfs":      cmdBtrfs,
 		},
 	})
 }
@@ -147,7 +191,77 @@ func cmdSignal(ts *testscript.TestScript, neg bool, args []string) {
 	}
 	pid, err := strconv.Atoi(strings.TrimSpace(await(ts, args[0])))
 	ts.Check(err)
-	ts.Check(syscall.Kill(pid, map[string]syscall.Signal{"INT": syscall.SIGINT, "TERM": syscall.SIGTERM}[args[1]]))
+	sig := unix.SignalNum("SIG" + args[1])
+	if sig == 0 {
+		ts.Fatalf("no signal %s", args[1])
+	}
+	ts.Check(syscall.Kill(pid, sig))
+}
+
+// server DB: starts the server that locks DB. Its process id is in the file server.
+func cmdServer(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 1 {
+		ts.Fatalf("usage: server DB")
+	}
+	ts.Setenv("CLOUD_DIR", ts.Getenv("WORK"))
+	ts.Setenv("CLOUD_DB", args[0])
+	path, err := exec.LookPath("cloud")
+	ts.Check(err)
+	cmd := exec.Command(path, "server")
+	cmd.Dir = ts.Getenv("WORK")
+	cmd.Env = []string{"PATH=" + ts.Getenv("PATH"), "GORACE=" + ts.Getenv("GORACE"),
+		"CLOUD_DIR=" + ts.Getenv("CLOUD_DIR"), "CLOUD_DB=" + args[0]}
+	ts.Check(cmd.Start())
+	go func() { _ = cmd.Wait() }()
+	ts.Defer(func() {
+		// Whoever started it last: it is no child of this process.
+		data, err := os.ReadFile(ts.MkAbs("server"))
+		if err != nil {
+			return
+		}
+		if pid, err := strconv.Atoi(string(data)); err == nil && runs(pid) {
+			if exe, _ := os.Readlink(fmt.Sprintf("/proc/%d/exe", pid)); exe == path {
+				_ = syscall.Kill(pid, syscall.SIGKILL)
+			}
+		}
+	})
+	await(ts, "server")
+}
+
+// restarted FILE: waits until another server runs than the one whose process id is in the file.
+func cmdRestarted(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 1 {
+		ts.Fatalf("usage: restarted FILE")
+	}
+	old := ts.ReadFile(args[0])
+	eventually(ts, "another server", func() bool {
+		data, err := os.ReadFile(ts.MkAbs("server"))
+		if err != nil || string(data) == old {
+			return false
+		}
+		pid, err := strconv.Atoi(string(data))
+		return err == nil && runs(pid)
+	})
+}
+
+// gone FILE: waits until the process whose id is in the file has ended.
+func cmdGone(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 1 {
+		ts.Fatalf("usage: gone FILE")
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(await(ts, args[0])))
+	ts.Check(err)
+	eventually(ts, "the end of process "+strconv.Itoa(pid), func() bool { return !runs(pid) })
+}
+
+// runs tells whether a process lives; a zombie does not.
+func runs(pid int) bool {
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return false
+	}
+	_, rest, _ := strings.Cut(string(data), ") ")
+	return rest != "" && rest[0] != 'Z' && rest[0] != 'X'
 }
 
 // await FILE: waits until the file is there and not empty.
@@ -159,11 +273,36 @@ func cmdAwait(ts *testscript.TestScript, neg bool, args []string) {
 }
 
 func await(ts *testscript.TestScript, file string) string {
+	var text []byte
+	eventually(ts, file, func() bool {
+		p, err := os.ReadFile(ts.MkAbs(file))
+		text = p
+		return err == nil && len(p) > 0
+	})
+	return string(text)
+}
+
+func eventually(ts *testscript.TestScript, what string, ok func() bool) {
 	for deadline := time.Now().Add(30 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
-		if p, err := os.ReadFile(ts.MkAbs(file)); err == nil && len(p) > 0 {
-			return string(p)
+		if ok() {
+			return
 		}
 	}
-	ts.Fatalf("waited in vain for %s", file)
-	return ""
+	ts.Fatalf("waited in vain for %s", what)
+}
+
+// btrfs DIR: mounts a new btrfs filesystem at DIR until the end of the script.
+func cmdBtrfs(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 1 {
+		ts.Fatalf("usage: btrfs DIR")
+	}
+	dir := ts.MkAbs(args[0])
+	image := ts.MkAbs(filepath.Base(dir) + ".image")
+	ts.Check(os.MkdirAll(dir, 0o755))
+	ts.Check(os.WriteFile(image, nil, 0o600))
+	ts.Check(os.Truncate(image, 256<<20))
+	ts.Check(ts.Exec("mkfs.btrfs", "-q", image))
+	ts.Check(ts.Exec("mount", "-o", "loop", image, dir))
+	// The loop device goes with its last mount.
+	ts.Defer(func() { ts.Check(fssnap.Unmount(dir)) })
 }

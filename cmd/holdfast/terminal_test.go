@@ -53,7 +53,7 @@ func onTerminal(t *testing.T, env []string, args ...string) *terminal {
 		t.Fatal(err)
 	}
 	x := &terminal{t: t, ptmx: ptmx, cmd: exec.Command(name, args...), done: make(chan struct{})}
-	x.cmd.Env = append([]string{"PATH=" + os.Getenv("PATH"), "TERM=xterm", "HOLDFAST_CONFIG_FILE=" + os.DevNull}, env...)
+	x.cmd.Env = append([]string{"PATH=" + os.Getenv("PATH"), "TERM=xterm", "HOLDFAST_CONFIG_FILE=" + os.DevNull, "HOLDFAST_STATE_DIR=" + t.TempDir(), "GORACE=atexit_sleep_ms=0"}, env...)
 	x.cmd.Stdin, x.cmd.Stdout, x.cmd.Stderr = tty, tty, tty
 	x.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
 	if err := x.cmd.Start(); err != nil {

@@ -101,8 +101,12 @@ func Run(ctx context.Context, o Options) (*Result, error) {
 	if err != nil {
 		return nil, err
 	}
+	keep := false // only views of a good snapshot are a way back
 	if set != nil {
 		defer func() {
+			if !keep {
+				set.Discard()
+			}
 			if err := set.Close(context.WithoutCancel(ctx)); err != nil {
 				o.warn("a view is left behind: %v; `holdfast views --remove` removes it", err)
 			}
@@ -139,6 +143,7 @@ func Run(ctx context.Context, o Options) (*Result, error) {
 	if err != nil {
 		return nil, errors.Join(err, down)
 	}
+	keep = !o.DryRun
 	b.remember(res, got.Cache)
 	return res, down
 }
@@ -264,12 +269,11 @@ func (b *run) views(ctx context.Context) (*fssnap.Set, error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, p := range paths {
-		if _, ok := set.Translate(p); !ok {
-			o.Progress.Emit(progress.Event{Kind: progress.Info, Phase: "view",
-				Message: fmt.Sprintf("no views: %s cannot be held still (%v); it is copied before and during the stop instead", p, set.Reason(p))})
-			return nil, set.Close(ctx)
-		}
+	// Translate has no answer before the views are made.
+	if u := set.Uncovered(); len(u) > 0 {
+		o.Progress.Emit(progress.Event{Kind: progress.Info, Phase: "view",
+			Message: fmt.Sprintf("no views: %s cannot be held still (%v); it is copied before and during the stop instead", u[0].Path, u[0].Reason)})
+		return nil, set.Close(ctx)
 	}
 	return set, nil
 }

@@ -95,7 +95,12 @@ func (c *Command) Plan(_ context.Context, inst *ocis.Instance) (*Plan, error) {
 			if err := runShell(cctx, shell{line: c.o.StopCommand, dir: dir, env: env, name: "the stop command", kill: true}, run); err != nil {
 				return err
 			}
-			return waitFree(ctx, paths, nil, deadline, c.o.StopTimeout, run)
+			err := waitFree(ctx, paths, nil, deadline, c.o.StopTimeout, run)
+			var busy *BusyError
+			if errors.As(err, &busy) && len(busy.Holders) > 0 {
+				return &hintError{err, fmt.Sprintf("The stop command ended, but %s still runs: does it stop the right service?", busy.Holders[0].who())}
+			}
+			return err
 		},
 	}, nil
 }

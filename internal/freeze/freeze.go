@@ -18,6 +18,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -29,6 +30,10 @@ var ErrRunning = errors.New("the instance is running")
 
 // ErrNotStarted is returned (wrapped) by Thaw when the instance could not be started again.
 var ErrNotStarted = errors.New("the instance could not be started again")
+
+// ErrNotReady is returned (wrapped, with ErrNotStarted) by Thaw when the start took, but the instance
+// did not get ready in time. It runs, as far as anybody can tell.
+var ErrNotReady = errors.New("the instance was started but did not get ready")
 
 // BusyError names what still uses the data of an instance.
 type BusyError struct {
@@ -47,23 +52,17 @@ type Holder struct {
 func (e *BusyError) Error() string {
 	var b strings.Builder
 	b.WriteString(ErrRunning.Error())
-	for i, h := range e.Holders {
+	list := mergeHolders(e.Holders)
+	for i, h := range list {
 		if i == 3 {
-			fmt.Fprintf(&b, ", and %d more", len(e.Holders)-i)
+			fmt.Fprintf(&b, ", and %d more", len(list)-i)
 			break
 		}
 		sep := ": "
 		if i > 0 {
 			sep = ", "
 		}
-		who := "another process"
-		if h.PID != 0 {
-			who = fmt.Sprintf("process %d", h.PID)
-			if h.Command != "" {
-				who += " (" + h.Command + ")"
-			}
-		}
-		verb := "holds"
+		who, verb := h.who(), "holds"
 		switch h.How {
 		case HowChanges:
 			who, verb = "something", "writes to"
@@ -75,6 +74,52 @@ func (e *BusyError) Error() string {
 	return b.String()
 }
 
+// who names the process for messages.
+func (h Holder) who() string {
+	if h.PID == 0 {
+		return "another process"
+	}
+	if h.Command == "" {
+		return fmt.Sprintf("process %d", h.PID)
+	}
+	return fmt.Sprintf("process %d (%s)", h.PID, h.Command)
+}
+
+// mergeHolders makes one of the signs of one process on one file: How then lists them.
+func mergeHolders(list []Holder) []Holder {
+	type key struct {
+		pid  int
+		path string
+	}
+	at := map[key]int{}
+	var out []Holder
+	for _, h := range list {
+		k := key{h.PID, h.Path}
+		i, ok := at[k]
+		if !ok {
+			at[k] = len(out)
+			out = append(out, h)
+			continue
+		}
+		if !slices.Contains(strings.Split(out[i].How, ", "), h.How) {
+			out[i].How += ", " + h.How
+		}
+		out[i].Writing = out[i].Writing || h.Writing
+	}
+	return out
+}
+
+// hintError is an error with a sentence on what to do next.
+type hintError struct {
+	error
+	hint string
+}
+
+func (e *hintError) Unwrap() error { return e.error }
+
+// Hints says what to do next.
+func (e *hintError) Hints() []string { return []string{e.hint} }
+
 // Is makes errors.Is(err, ErrRunning) true.
 func (e *BusyError) Is(target error) bool { return target == ErrRunning }
 
@@ -85,20 +130,37 @@ type Record struct {
 	Stopped  time.Time // when the proof was complete
 	Started  time.Time
 	Ready    time.Time
-	// Downtime and UntilReady count from Stopping to Started and Ready by a clock that nobody sets.
+	// Downtime is how long the instance was not available: from Stopping to Ready, or to Started if
+	// it did not get ready. UntilReady is the same, but zero if it did not get ready. All that follow
+	// count by a clock that nobody sets.
 	Downtime   time.Duration
 	UntilReady time.Duration
+	// ForStop, ForHold and ForStart are the parts of Downtime: from Stopping to the proof, from there
+	// to the beginning of the start, and from there to its end.
+	ForStop  time.Duration
+	ForHold  time.Duration
+	ForStart time.Duration
 }
 
-// setStarted enters the end of a freeze that began at the instant begin.
-func (r *Record) setStarted(begin, started, ready time.Time) {
-	r.Started, r.Ready = started, ready
-	if !started.IsZero() {
-		r.Downtime = started.Sub(begin)
+// setStarted enters the end of a freeze. total is the time from the beginning of the stop to that of
+// being ready, or to the start if it did not get ready; stop is that of the stop, 0 if it was not
+// proven.
+func (r *Record) setStarted(o outcome, total, stop time.Duration) {
+	r.Started, r.Ready = o.started, o.ready
+	if o.started.IsZero() {
+		return
 	}
-	if !ready.IsZero() {
-		r.UntilReady = ready.Sub(begin)
+	r.Downtime = total
+	if !o.ready.IsZero() {
+		r.UntilReady = total
 	}
+	r.ForStart = min(o.took, total)
+	if stop <= 0 {
+		r.ForStop = total - r.ForStart
+		return
+	}
+	r.ForStop = min(stop, total-r.ForStart)
+	r.ForHold = total - r.ForStart - r.ForStop
 }
 
 // Freezer is one way to stop and start an instance.

@@ -59,9 +59,12 @@ type message struct {
 	Started time.Time       `json:"started,omitzero"`  // msgResult, as are the following
 	Ready   time.Time       `json:"ready,omitzero"`
 	// Since is the time since Started, by the clock that nobody sets.
-	Since time.Duration `json:"since,omitempty"`
-	Error string        `json:"error,omitempty"`
-	Stays bool          `json:"stays,omitempty"` // the guard goes on watching
+	Since    time.Duration `json:"since,omitempty"`
+	Took     time.Duration `json:"took,omitempty"`
+	Runs     string        `json:"runs,omitempty"` // nothing was started, because this still runs
+	Error    string        `json:"error,omitempty"`
+	NotReady bool          `json:"not_ready,omitempty"`
+	Stays    bool          `json:"stays,omitempty"` // the guard goes on watching
 }
 
 const (
@@ -343,13 +346,25 @@ func (g *guard) thaw(asked bool) {
 	g.unprotect()
 	deadline := time.Now().Add(g.cfg.Tuning.Persist)
 	for try := 0; ; try++ {
-		started, ready, err := startInstance(ctx, g.cfg.Recipe, g.run)
-		up := err == nil || errors.Is(err, errNotReady)
-		result := message{Kind: msgResult, Started: started, Ready: ready}
-		if err != nil {
-			result.Error = err.Error()
+		if sign, ok := "", false; try > 0 {
+			if sign, ok = alreadyRuns(ctx, g.cfg.Recipe, g.run, false); ok {
+				g.note("the instance runs already: %s", sign)
+				if err := g.files.remove(); err != nil {
+					g.note("the record stays: %v", err)
+				}
+				return
+			}
+		}
+		o, err := startInstance(ctx, g.cfg.Recipe, g.run)
+		up := err == nil || errors.Is(err, ErrNotReady)
+		result := message{Kind: msgResult, Started: o.started, Ready: o.ready, Took: o.took, Runs: o.runs}
+		switch {
+		case err != nil:
+			result.Error, result.NotReady = err.Error(), errors.Is(err, ErrNotReady)
 			g.note("%v", err)
-		} else {
+		case o.runs != "":
+			g.note("started nothing: %s still runs", o.runs)
+		default:
 			g.note("started the instance")
 		}
 		// With nobody left to tell, trying on is all that can be done.
@@ -364,8 +379,11 @@ func (g *guard) thaw(asked bool) {
 			}
 		}
 		if try == 0 {
-			if !started.IsZero() {
-				result.Since = time.Since(started)
+			if !o.started.IsZero() {
+				result.Since = time.Since(o.started)
+			}
+			if !up && asked {
+				g.reported()
 			}
 			_ = g.wire.send(result)
 		}
@@ -376,6 +394,16 @@ func (g *guard) thaw(asked bool) {
 			return
 		}
 		time.Sleep(g.cfg.Tuning.PersistPause)
+	}
+}
+
+// reported notes in the record that the backup lives and tells of the start that failed.
+func (g *guard) reported() {
+	if g.orphaned.Load() {
+		return
+	}
+	if err := g.files.markReported(); err != nil {
+		g.note("%v", err)
 	}
 }
 
@@ -412,7 +440,7 @@ func (g *guard) linger(ctx context.Context) {
 			continue // if it is a backup, its record will show
 		}
 		g.note("the instance stopped after all, starting it")
-		if _, _, err := startInstance(ctx, g.cfg.Recipe, g.run); err != nil {
+		if _, err := startInstance(ctx, g.cfg.Recipe, g.run); err != nil {
 			g.note("%v", err)
 		}
 		lock.release()

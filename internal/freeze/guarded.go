@@ -37,6 +37,8 @@ type Options struct {
 	// HangTimeout is how long the backup may give no sign of life; 0 is DefaultHangTimeout.
 	HangTimeout time.Duration
 	Progress    progress.Sink
+	// Observe, if not nil, gets the Record that Guarded is about to return.
+	Observe func(Record)
 
 	tuning *tuning // nil is defaultTuning
 }
@@ -63,17 +65,23 @@ func (o Options) withDefaults() Options {
 // the instance; *BusyError if it does not stop, or came back while it was frozen; ErrGivenUp; those
 // of fn.
 func Guarded(ctx context.Context, f Freezer, inst *ocis.Instance, o Options, fn func(context.Context) error) (rec Record, err error) {
+	if o.Observe != nil {
+		defer func() { o.Observe(rec) }()
+	}
 	p, ok := f.(Planner)
 	if !ok {
 		return unguarded(ctx, f, inst, fn)
 	}
 	s := &session{o: o.withDefaults(), method: f.Method(), workDone: make(chan struct{}), stopDone: make(chan struct{})}
 	s.record.Method = s.method
-	if err := s.lockAndRecover(ctx, inst); err != nil {
+	if err := s.lockAndRecover(ctx, f, inst); err != nil {
 		return s.Record(), err
 	}
 	defer s.lock.release()
 	if s.plan, err = p.Plan(ctx, inst); err != nil {
+		return s.Record(), err
+	}
+	if err := markBefore(ctx, &s.plan.Recipe); err != nil {
 		return s.Record(), err
 	}
 	s.run = &Run{Progress: s.o.Progress}
@@ -122,10 +130,12 @@ type session struct {
 	thawErr error     // valid after once
 
 	mu      sync.Mutex
-	record  Record    // guarded by mu, as are the following
-	stopped bool      // the stop was proven
-	armedAt time.Time // when the stop began
-	gone    error     // why the freeze ended early
+	record  Record        // guarded by mu, as are the following
+	stopped bool          // the stop was proven
+	armedAt time.Time     // when the stop began
+	gone    error         // why the freeze ended early
+	took    time.Duration // of the stop, 0 until it is proven
+	runs    string        // as in outcome
 }
 
 // Record returns the times so far.
@@ -136,7 +146,7 @@ func (s *session) Record() Record {
 }
 
 // lockAndRecover takes the instance for this process, and undoes a freeze that was left behind.
-func (s *session) lockAndRecover(ctx context.Context, inst *ocis.Instance) error {
+func (s *session) lockAndRecover(ctx context.Context, f Freezer, inst *ocis.Instance) error {
 	var err error
 	if s.base, err = basePath(inst); err != nil {
 		return err
@@ -160,9 +170,17 @@ func (s *session) lockAndRecover(ctx context.Context, inst *ocis.Instance) error
 	}
 	left, err := readState(s.files.record())
 	if err == nil {
-		s.o.Progress.Emit(progress.Event{Kind: progress.Warning, Phase: "freeze",
-			Message: fmt.Sprintf("an earlier backup died while it had the instance at %s frozen: starting it", left.BasePath)})
-		_, err = recoverLocked(ctx, s.files, left, s.o.Progress)
+		if c, ok := f.(*Command); ok {
+			// What the user says now is newer than what was written down then.
+			var plan *Plan
+			if plan, err = c.Plan(ctx, inst); err == nil {
+				plan.Recipe.Before = left.Recipe.Before
+				left.Recipe = plan.Recipe
+			}
+		}
+		if err == nil {
+			_, err = recoverLocked(ctx, s.files, left, s.o.Progress)
+		}
 	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		s.lock.release()
@@ -259,8 +277,9 @@ func (s *session) hold(ctx context.Context, fn func(context.Context) error) (rec
 		thawErr := s.thaw(ctx)
 		watching.Wait()
 		s.mu.Lock()
-		gone := s.gone
+		gone, runs := s.gone, s.runs
 		s.mu.Unlock()
+		err = stillRuns(err, runs)
 		if gone != nil {
 			if err == nil || errors.Is(err, context.Canceled) || errors.Is(err, ErrGivenUp) {
 				err = gone
@@ -301,8 +320,9 @@ func (s *session) stop(ctx context.Context) error {
 		return err
 	}
 	s.mu.Lock()
-	s.stopped = true
-	s.record.Stopped = time.Now().UTC()
+	now := time.Now()
+	s.stopped, s.took = true, now.Sub(s.armedAt)
+	s.record.Stopped = now.UTC()
 	s.mu.Unlock()
 	if s.guard != nil {
 		_ = s.guard.wire.send(message{Kind: msgStopped})
@@ -397,13 +417,12 @@ func (s *session) thawOnce(ctx context.Context) error {
 		// The guard's times are of the wall clock; for how long it took there is our own.
 		now := time.Now()
 		s.mu.Lock()
-		s.record.setStarted(s.armedAt, m.Started, m.Ready)
-		if !m.Started.IsZero() {
-			s.record.Downtime = now.Sub(s.armedAt) - m.Since
+		total := now.Sub(s.armedAt)
+		if m.Ready.IsZero() {
+			total -= m.Since
 		}
-		if !m.Ready.IsZero() {
-			s.record.UntilReady = now.Sub(s.armedAt)
-		}
+		s.record.setStarted(outcome{started: m.Started, ready: m.Ready, took: m.Took}, total, s.took)
+		s.runs = m.Runs
 		s.mu.Unlock()
 	} else {
 		s.guard.kill()
@@ -426,7 +445,7 @@ func (s *session) thawOnce(ctx context.Context) error {
 	}
 	s.guard.close()
 	if m.Error != "" {
-		return &thawError{m.Error}
+		return &thawError{m.Error, m.NotReady}
 	}
 	return nil
 }
@@ -446,11 +465,16 @@ func (s *session) thawAlone(ctx context.Context) error {
 	if !stopped {
 		awaitStop(ctx, s.files, s.plan.Recipe, patience, s.run)
 	}
-	started, ready, err := startInstance(ctx, s.plan.Recipe, s.run)
+	began := time.Since(s.armedAt)
+	o, err := startInstance(ctx, s.plan.Recipe, s.run)
 	s.mu.Lock()
-	s.record.setStarted(s.armedAt, started, ready)
+	s.record.setStarted(o, began+o.took, s.took)
+	s.runs = o.runs
 	s.mu.Unlock()
-	if err == nil || errors.Is(err, errNotReady) {
+	if err != nil && !errors.Is(err, ErrNotReady) {
+		_ = s.files.markReported() // it is said in any case; the record is for the next one
+	}
+	if err == nil || errors.Is(err, ErrNotReady) {
 		if rerr := s.files.remove(); rerr != nil {
 			s.o.Progress.Emit(progress.Event{Kind: progress.Warning, Phase: "thaw",
 				Message: fmt.Sprintf("the instance was started, but the record of its freeze stays: %v; remove it", rerr)})
@@ -460,9 +484,14 @@ func (s *session) thawAlone(ctx context.Context) error {
 }
 
 // thawError is an error of the guard.
-type thawError struct{ text string }
+type thawError struct {
+	text     string
+	notReady bool
+}
 
 func (e *thawError) Error() string { return e.text }
 
-// Is makes errors.Is(err, ErrNotStarted) true.
-func (e *thawError) Is(target error) bool { return target == ErrNotStarted }
+// Is makes errors.Is(err, ErrNotStarted) true, and that for ErrNotReady where it is one.
+func (e *thawError) Is(target error) bool {
+	return target == ErrNotStarted || e.notReady && target == ErrNotReady
+}

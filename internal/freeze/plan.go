@@ -153,7 +153,7 @@ func fingerprint(paths []string) map[string]fileMark {
 // Errors: *BusyError.
 func waitFree(ctx context.Context, paths []string, more func() []Holder, deadline time.Time, timeout time.Duration, run *Run) error {
 	pause := 10 * time.Millisecond
-	said := time.Now()
+	said := waitReport{begin: time.Now()}
 	for {
 		u, err := lookTwice(ctx, paths, run)
 		if err != nil {
@@ -169,10 +169,8 @@ func waitFree(ctx context.Context, paths []string, more func() []Holder, deadlin
 		if !time.Now().Before(deadline) {
 			return fmt.Errorf("it did not stop within %s: %w", timeout, u.Err())
 		}
-		if time.Since(said) > 5*time.Second {
-			said = time.Now()
-			run.Progress.Emit(progress.Event{Kind: progress.Info, Phase: "freeze",
-				Message: fmt.Sprintf("waiting for the instance to stop: %v", u.Err())})
+		if text := said.next(time.Now(), u, timeout); text != "" {
+			run.Progress.Emit(progress.Event{Kind: progress.Info, Phase: "freeze", Message: text})
 		}
 		if !sleep(ctx, min(pause, time.Until(deadline))) {
 			return context.Cause(ctx)
@@ -181,20 +179,54 @@ func waitFree(ctx context.Context, paths []string, more func() []Holder, deadlin
 	}
 }
 
+// waitReport says what a stop waits for: everything once, then only that it goes on.
+type waitReport struct {
+	begin time.Time
+	last  time.Time // zero: nothing was said yet
+}
+
+// next returns what is to be said now, mostly nothing.
+func (w *waitReport) next(now time.Time, u Usage, timeout time.Duration) string {
+	const first, every = 5 * time.Second, 10 * time.Second
+	switch {
+	case w.last.IsZero() && now.Sub(w.begin) >= first:
+		w.last = now
+		return fmt.Sprintf("waiting for the instance to stop: %v", u.Err())
+	case !w.last.IsZero() && now.Sub(w.last) >= every:
+		w.last = now
+		return fmt.Sprintf("still waiting for it to stop: %d s, at most %s", int(now.Sub(w.begin).Seconds()), timeout)
+	}
+	return ""
+}
+
 // freezePlain freezes without a guard.
 func freezePlain(ctx context.Context, p Planner, inst *ocis.Instance, sink progress.Sink) (Frozen, error) {
 	plan, err := p.Plan(ctx, inst)
 	if err != nil {
 		return nil, err
 	}
+	if err := markBefore(ctx, &plan.Recipe); err != nil {
+		return nil, err
+	}
 	f := &frozen{recipe: plan.Recipe, run: &Run{Progress: sink}, begin: time.Now()}
 	f.record.Method = p.Method()
 	f.record.Stopping = f.begin.UTC()
 	if err := plan.Stop(ctx, f.run); err != nil {
-		return nil, joinThaw(err, f.Thaw(context.WithoutCancel(ctx)))
+		thawErr := f.Thaw(context.WithoutCancel(ctx))
+		return nil, joinThaw(stillRuns(err, f.runs), thawErr)
 	}
-	f.record.Stopped = time.Now().UTC()
+	now := time.Now()
+	f.record.Stopped, f.stopTook = now.UTC(), now.Sub(f.begin)
 	return f, nil
+}
+
+// stillRuns adds to the error of a stop that nothing was started, because who still runs; "" is that
+// it was.
+func stillRuns(err error, who string) error {
+	if err == nil || who == "" {
+		return err
+	}
+	return fmt.Errorf("%w; nothing was started, because %s still runs", err, who)
 }
 
 // joinThaw puts the error of the thaw first: it is the one that needs a human at once.
@@ -214,6 +246,9 @@ type frozen struct {
 	run    *Run
 	begin  time.Time
 
+	stopTook time.Duration // 0 until the stop is proven
+	runs     string        // as in outcome; valid after once
+
 	once sync.Once
 
 	mu     sync.Mutex
@@ -224,10 +259,12 @@ type frozen struct {
 func (f *frozen) Thaw(ctx context.Context) error {
 	var err error
 	f.once.Do(func() {
-		var started, ready time.Time
-		started, ready, err = startInstance(ctx, f.recipe, f.run)
+		began := time.Since(f.begin)
+		var o outcome
+		o, err = startInstance(ctx, f.recipe, f.run)
+		f.runs = o.runs
 		f.mu.Lock()
-		f.record.setStarted(f.begin, started, ready)
+		f.record.setStarted(o, began+o.took, f.stopTook)
 		f.mu.Unlock()
 	})
 	return err

@@ -1,6 +1,7 @@
 package freeze
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -97,6 +98,8 @@ type state struct {
 	Owner       identity      `json:"owner"`
 	Guard       identity      `json:"guard"`
 	Recipe      Recipe        `json:"recipe"`
+	// Reported: the start failed, and its user was told so.
+	Reported bool `json:"reported,omitempty"`
 }
 
 // stateFiles names the files of one instance.
@@ -175,6 +178,16 @@ func (f stateFiles) write(s state) error {
 		return err
 	}
 	return f.sync()
+}
+
+// markReported notes that the user was told of the start that failed.
+func (f stateFiles) markReported() error {
+	s, err := readState(f.record())
+	if err != nil || s.Reported {
+		return err
+	}
+	s.Reported = true
+	return f.write(s)
 }
 
 // remove takes the record away; that it is gone already is no error.
@@ -316,6 +329,10 @@ type Status struct {
 	OwnerAlive  bool
 	Guard       int
 	GuardAlive  bool
+	// Reported: the start failed and the backup said so, rather than died.
+	Reported bool
+	// File is the record.
+	File string
 	// Err is set, and the rest may be empty, where the record cannot be read.
 	Err error
 }
@@ -339,7 +356,7 @@ func ReadStatus(stateDir string) ([]Status, error) {
 			BasePath: string(s.BasePath), Method: s.Method, Since: s.Since, MaxDowntime: s.MaxDowntime,
 			Owner: s.Owner.PID, OwnerAlive: s.Owner.alive(),
 			Guard: s.Guard.PID, GuardAlive: s.Guard.alive(),
-			Err: err,
+			Reported: s.Reported, File: f.record(), Err: err,
 		})
 	}
 	return list, nil
@@ -381,9 +398,25 @@ type Recovered struct {
 	// Busy: a living Holdfast or its guard looks after it; nothing was done.
 	Busy bool
 	PID  int // of that process
-	// Started is when the start was given, zero if it failed.
+	// Reported: the backup told of the start that failed, rather than died.
+	Reported bool
+	// Started is when the start was given, zero if it failed, or there was nothing to start.
 	Started time.Time
-	Err     error // ErrNotStarted, or a record that cannot be read
+	// Running: it runs already, and the record is gone. Sign tells by what that is seen.
+	Running bool
+	Sign    string
+	// Gone: its base path does not exist any more, and neither does the record.
+	Gone bool
+	Err  error // ErrNotStarted, or a record that cannot be read
+}
+
+// RecoverOptions change how Recover starts. The zero value starts everything as it is on record.
+type RecoverOptions struct {
+	// StartCommand, if not "", is run for the instance at BasePath instead of what is on record.
+	StartCommand string
+	// BasePath may be "": then nothing is replaced, but no start is tried twice, because the caller
+	// has another command for one of them.
+	BasePath string
 }
 
 // Recover starts the instances again whose backup and guard both died, by kill, power cut or
@@ -392,6 +425,11 @@ type Recovered struct {
 //
 // Errors: those of the list joined; ErrNotStarted.
 func Recover(ctx context.Context, stateDir string) ([]Recovered, error) {
+	return RecoverWith(ctx, stateDir, RecoverOptions{})
+}
+
+// RecoverWith is Recover with options.
+func RecoverWith(ctx context.Context, stateDir string, o RecoverOptions) ([]Recovered, error) {
 	records, err := listRecords(stateDir)
 	if err != nil {
 		return nil, err
@@ -399,7 +437,7 @@ func Recover(ctx context.Context, stateDir string) ([]Recovered, error) {
 	var list []Recovered
 	var errs []error
 	for _, f := range records {
-		r, ok := recoverOne(ctx, f)
+		r, ok := recoverOne(ctx, f, o)
 		if !ok {
 			continue
 		}
@@ -411,9 +449,31 @@ func Recover(ctx context.Context, stateDir string) ([]Recovered, error) {
 	return list, errors.Join(errs...)
 }
 
-func recoverOne(ctx context.Context, f stateFiles) (Recovered, bool) {
+// change makes of r what o says for the instance at base.
+func (o RecoverOptions) change(base string, r *Recipe) error {
+	if o.StartCommand == "" {
+		return nil
+	}
+	if o.BasePath == "" {
+		r.Retries = 0
+		return nil
+	}
+	given, err := basePath(&ocis.Instance{BasePath: o.BasePath})
+	if err != nil || given != base {
+		return err
+	}
+	dir, err := os.Getwd()
+	if err != nil {
+		return fmt.Errorf("the directory to run the start command in: %w", err)
+	}
+	r.Kind = KindCommand
+	r.Command = &CommandRecipe{Start: Text(o.StartCommand), Dir: Text(dir), Env: commandEnv()}
+	return nil
+}
+
+func recoverOne(ctx context.Context, f stateFiles, o RecoverOptions) (Recovered, bool) {
 	s, err := readState(f.record())
-	r := Recovered{BasePath: string(s.BasePath), Method: s.Method, Since: s.Since}
+	r := Recovered{BasePath: string(s.BasePath), Method: s.Method, Since: s.Since, Reported: s.Reported}
 	if errors.Is(err, fs.ErrNotExist) {
 		return r, false
 	}
@@ -446,27 +506,146 @@ func recoverOne(ctx context.Context, f stateFiles) (Recovered, bool) {
 		r.Err = err
 		return r, true
 	}
-	r.Started, r.Err = recoverLocked(ctx, f, s, nil)
+	if r.Err = o.change(r.BasePath, &s.Recipe); r.Err != nil {
+		return r, true
+	}
+	done, err := recoverLocked(ctx, f, s, nil)
+	r.Started, r.Sign, r.Gone, r.Err = done.started, done.sign, done.gone, err
+	r.Running = done.sign != ""
 	return r, true
 }
 
-// recoverLocked runs the recipe of a dead freeze; the caller holds the lock of the instance.
-func recoverLocked(ctx context.Context, f stateFiles, s state, sink progress.Sink) (time.Time, error) {
+// recovery is what recoverLocked did.
+type recovery struct {
+	started time.Time
+	sign    string // by what is seen that it runs already, "" if it did not
+	gone    bool   // there is no such instance any more
+}
+
+// recoverLocked undoes a freeze that was left behind; the caller holds the lock of the instance. It
+// runs the recipe only if the instance does not run, and there still is one.
+func recoverLocked(ctx context.Context, f stateFiles, s state, sink progress.Sink) (done recovery, err error) {
 	run := &Run{Log: f.log(), Progress: sink}
-	if boot, _, err := whereAmI(); err == nil && boot == s.Owner.Boot {
+	drop := func(kind progress.Kind, format string, args ...any) error {
+		if err := f.remove(); err != nil {
+			return fmt.Errorf("the record %s is out of date but stays: %w; remove it", f.record(), err)
+		}
+		sink.Emit(progress.Event{Kind: kind, Phase: "freeze", Message: fmt.Sprintf(format, args...)})
+		return nil
+	}
+	if _, err := os.Lstat(string(s.BasePath)); errors.Is(err, fs.ErrNotExist) {
+		done.gone = true
+		return done, drop(progress.Warning, "an earlier backup left the instance at %s stopped, but that does not exist any more: its record was removed", s.BasePath)
+	}
+	running := func(fresh bool) (bool, error) {
+		sign, ok := alreadyRuns(ctx, s.Recipe, run, fresh)
+		if !ok {
+			return false, nil
+		}
+		done.sign = sign
+		return true, drop(progress.Info, "an earlier backup left the instance at %s stopped, but it runs already (%s): nothing was started, and the record was removed", s.BasePath, sign)
+	}
+	if ok, err := running(true); ok {
+		return done, err
+	}
+	if boot, _, err := whereAmI(); err == nil && boot == s.Owner.Boot && !s.Reported {
 		// What the dead ones began may still be under way.
 		awaitStop(ctx, f, s.Recipe, time.Until(s.Since.Add(s.Recipe.StopTimeout)), run)
 	}
-	started, _, err := startInstance(ctx, s.Recipe, run)
-	if err != nil {
-		err = fmt.Errorf("the instance at %s is stopped since %s, by a backup that died: %w", s.BasePath, s.Since.Local().Format(time.DateTime), err)
+	if ok, err := running(false); ok {
+		return done, err
 	}
-	if err == nil || errors.Is(err, errNotReady) {
+	how := "an earlier backup left the instance at %s stopped: starting it"
+	if !s.Reported {
+		how = "an earlier backup died while it had the instance at %s frozen: starting it"
+	}
+	sink.Emit(progress.Event{Kind: progress.Warning, Phase: "freeze", Message: fmt.Sprintf(how, s.BasePath)})
+	o, err := startInstance(ctx, s.Recipe, run)
+	done.started = o.started
+	if err == nil || errors.Is(err, ErrNotReady) {
 		if rerr := f.remove(); rerr != nil {
 			err = errors.Join(err, fmt.Errorf("the instance was started again, but its record stays: %w", rerr))
 		}
 	}
-	return started, err
+	if err == nil {
+		return done, nil
+	}
+	since := s.Since.Local().Format(time.DateTime)
+	if s.Reported {
+		err = fmt.Errorf("an earlier backup left the instance at %s stopped since %s: %w", s.BasePath, since, err)
+	} else {
+		err = fmt.Errorf("the instance at %s is stopped since %s, by a backup that died: %w", s.BasePath, since, err)
+	}
+	if done.started.IsZero() {
+		err = fmt.Errorf("%w; it is on record in %s: `holdfast thaw` tries again, `holdfast thaw --forget` removes the record once the service runs or is given up", err, f.record())
+		if ctx.Err() == nil {
+			_ = f.markReported()
+		}
+	}
+	return done, err
+}
+
+// Forgotten is a record that Forget removed.
+type Forgotten struct {
+	BasePath string // "" if the record could not be read
+	Method   string
+	Since    time.Time // when the stop began, UTC
+	Owner    int       // the backup's process
+	File     string    // the record that was
+}
+
+// Forget removes the record of an instance that is on record as stopped, and starts nothing: for
+// users who have started it by hand, or have given it up. base may be "" if there is only one record.
+//
+// Errors: no such record, several of them; *InUseError if a backup or its guard is at work on it.
+func Forget(stateDir, base string) (Forgotten, error) {
+	records, err := listRecords(stateDir)
+	if err != nil {
+		return Forgotten{}, err
+	}
+	if base != "" {
+		if base, err = basePath(&ocis.Instance{BasePath: base}); err != nil {
+			return Forgotten{}, err
+		}
+	}
+	type found struct {
+		files stateFiles
+		s     state
+		err   error
+	}
+	var list []found
+	var names []string
+	for _, f := range records {
+		s, err := readState(f.record())
+		if errors.Is(err, fs.ErrNotExist) || base != "" && string(s.BasePath) != base {
+			continue
+		}
+		list = append(list, found{f, s, err})
+		names = append(names, cmp.Or(string(s.BasePath), f.record()))
+	}
+	switch {
+	case len(list) == 0 && base != "":
+		return Forgotten{}, fmt.Errorf("no instance at %s is on record as stopped", base)
+	case len(list) == 0:
+		return Forgotten{}, errors.New("no instance is on record as stopped")
+	case len(list) > 1:
+		return Forgotten{}, fmt.Errorf("%d instances are on record as stopped: %s; name one of them", len(list), strings.Join(names, ", "))
+	}
+	f := list[0]
+	gone := Forgotten{BasePath: string(f.s.BasePath), Method: f.s.Method, Since: f.s.Since, Owner: f.s.Owner.PID, File: f.files.record()}
+	if f.err == nil {
+		for _, id := range []identity{f.s.Owner, f.s.Guard} {
+			if id.alive() {
+				return Forgotten{}, &InUseError{BasePath: gone.BasePath, PID: id.PID, Since: f.s.Since}
+			}
+		}
+	}
+	lock, err := lockInstance(f.files, gone.BasePath)
+	if err != nil {
+		return Forgotten{}, err
+	}
+	defer lock.release()
+	return gone, f.files.remove()
 }
 
 // awaitStop waits for a stop that somebody else began: until its commands have ended, and nobody

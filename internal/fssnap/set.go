@@ -483,6 +483,9 @@ func (s *Set) Check(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
+// Discard makes Close remove the views, whatever Options.KeepLast says: they are not worth keeping.
+func (s *Set) Discard() { s.o.KeepLast = 0 }
+
 // Close removes the views and their record, or keeps them and removes the oldest of those that are
 // kept for the same label: Options.KeepLast. What cannot be removed stays on record for the next run.
 // It works also if ctx has ended. Calling it again, or before Create, does nothing.

@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/holdfast-backup/holdfast/internal/pax"
 	"github.com/holdfast-backup/holdfast/internal/repo/id"
 	"github.com/holdfast-backup/holdfast/internal/snapshot"
 )
@@ -22,7 +23,7 @@ type entry struct {
 	size  int64
 	link  string // target of a symbolic link
 	rdev  uint64
-	holes []extent
+	holes []pax.Extent
 	// One of these for a file: data, of size bytes; ids; or content, the path in the snapshot.
 	// hardlink is another name below the destination, and needs none of them.
 	data     io.Reader
@@ -38,7 +39,7 @@ type job struct {
 	from    string // see entry
 	meta    meta
 	size    int64
-	holes   []extent
+	holes   []pax.Extent
 	content string
 	ids     []id.ID
 	// present: a file of that size is there, and has to be compared first.

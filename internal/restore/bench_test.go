@@ -6,6 +6,8 @@ import (
 	"path/filepath"
 	"testing"
 
+	"github.com/holdfast-backup/holdfast/internal/pax"
+	"github.com/holdfast-backup/holdfast/internal/pax/paxtest"
 	"github.com/holdfast-backup/holdfast/internal/repo/id"
 	"github.com/holdfast-backup/holdfast/internal/snapshot"
 )
@@ -16,9 +18,9 @@ func BenchmarkRestoreStore(b *testing.B) {
 	const files = 2000
 	b.Run(fmt.Sprintf("%dx16KiB", files), func(b *testing.B) {
 		r := newMemRepo()
-		var w, space tarWriter
-		w.add(tarItem{typ: '5', name: "./", mode: 0o755})
-		w.add(tarItem{typ: '5', name: "spaces/", mode: 0o755})
+		var w, space paxtest.Writer
+		w.Add(paxtest.Item{Type: '5', Name: "./", Mode: 0o755})
+		w.Add(paxtest.Item{Type: '5', Name: "spaces/", Mode: 0o755})
 		var contents []*snapshot.Node
 		at := func(kind, i int) string {
 			h := id.Hash(fmt.Append(nil, i, kind)).String()
@@ -28,16 +30,16 @@ func BenchmarkRestoreStore(b *testing.B) {
 			p := root
 			for range 4 {
 				p += "/" + s[:2]
-				space.add(tarItem{typ: '5', name: p + "/", mode: 0o700, sec: 5, nsec: 7})
+				space.Add(paxtest.Item{Type: '5', Name: p + "/", Mode: 0o700, Sec: 5, Nsec: 7})
 				s = s[2:]
 			}
 			return p + "/" + s
 		}
-		space.add(tarItem{typ: '5', name: "spaces/aa/", mode: 0o755})
+		space.Add(paxtest.Item{Type: '5', Name: "spaces/aa/", Mode: 0o755})
 		data := make([]byte, 16<<10)
 		seen := map[string]bool{}
 		for _, kind := range []string{"blobs", "nodes"} {
-			space.add(tarItem{typ: '5', name: "spaces/aa/" + kind + "/", mode: 0o755})
+			space.Add(paxtest.Item{Type: '5', Name: "spaces/aa/" + kind + "/", Mode: 0o755})
 			for i := range files {
 				s := at(0, i)
 				s = fmt.Sprintf("%04x", i*31%65536) + s // spread over the shards
@@ -47,20 +49,20 @@ func BenchmarkRestoreStore(b *testing.B) {
 				seen[kind+s[:4]] = true
 				p := shard("spaces/aa/"+kind+"/"+fmt.Sprintf("%05d", i), s)
 				if kind == "nodes" {
-					space.add(tarItem{typ: '0', name: p, mode: 0o600, sec: 5})
-					space.add(tarItem{typ: '0', name: p + ".mlock", mode: 0o600, sec: 5})
-					space.add(tarItem{typ: '0', name: p + ".mpk", mode: 0o600, sec: 5, data: data[:600]})
+					space.Add(paxtest.Item{Type: '0', Name: p, Mode: 0o600, Sec: 5})
+					space.Add(paxtest.Item{Type: '0', Name: p + ".mlock", Mode: 0o600, Sec: 5})
+					space.Add(paxtest.Item{Type: '0', Name: p + ".mpk", Mode: 0o600, Sec: 5, Data: data[:600]})
 					continue
 				}
 				copy(data, s)
 				name := fmt.Sprintf("f%05d", i)
 				contents = append(contents, r.file(name, string(data)))
-				space.add(tarItem{typ: '0', name: p, mode: 0o600, sec: 5, rec: map[string]string{
-					recContent: "/storage/users/spaces/" + name, recSize: fmt.Sprint(len(data)),
+				space.Add(paxtest.Item{Type: '0', Name: p, Mode: 0o600, Sec: 5, Rec: map[string]string{
+					pax.Content: "/storage/users/spaces/" + name, pax.Size: fmt.Sprint(len(data)),
 				}})
 			}
 		}
-		sn := r.archive(w.end(), r.folder("spaces", contents...), r.folder("metadata", r.file("aa.tar", string(space.end()))))
+		sn := r.archive(w.End(), r.folder("spaces", contents...), r.folder("metadata", r.file("aa.tar", string(space.End()))))
 		b.SetBytes(files * 16 << 10)
 		b.ReportAllocs()
 		n := 0

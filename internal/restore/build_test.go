@@ -19,6 +19,8 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"github.com/holdfast-backup/holdfast/internal/pax"
+	"github.com/holdfast-backup/holdfast/internal/pax/paxtest"
 	"github.com/holdfast-backup/holdfast/internal/repo"
 	"github.com/holdfast-backup/holdfast/internal/repo/id"
 	"github.com/holdfast-backup/holdfast/internal/snapshot"
@@ -219,85 +221,10 @@ func (c *capturer) node(p, name string, skip func(string) bool) *snapshot.Node {
 	return n
 }
 
-// tarWriter writes pax archives, bad ones as well.
-type tarWriter struct{ bytes.Buffer }
-
-type tarItem struct {
-	typ        byte
-	name, link string
-	mode       uint32
-	uid, gid   uint32
-	sec, nsec  int64
-	rdev       uint64
-	data       []byte
-	rec        map[string]string
-}
-
-func paxRecord(k, v string) string {
-	n := len(k) + len(v) + 3
-	for total := n; ; total++ {
-		if s := fmt.Sprint(total); len(s)+n == total {
-			return s + " " + k + "=" + v + "\n"
-		}
-	}
-}
-
-func (w *tarWriter) block(typ byte, name, link string, it *tarItem, size int) {
-	var b [512]byte
-	copy(b[0:100], name)
-	put := func(at, n int, v uint64) { copy(b[at:at+n], fmt.Sprintf("%0*o\x00", n-1, v)) }
-	put(100, 8, uint64(it.mode))
-	put(108, 8, uint64(it.uid))
-	put(116, 8, uint64(it.gid))
-	put(124, 12, uint64(size))
-	put(136, 12, uint64(max(it.sec, 0)))
-	b[156] = typ
-	copy(b[157:257], link)
-	copy(b[257:265], "ustar\x0000")
-	put(329, 8, uint64(unix.Major(it.rdev)))
-	put(337, 8, uint64(unix.Minor(it.rdev)))
-	sum := int(8 * ' ')
-	for _, c := range b {
-		sum += int(c)
-	}
-	copy(b[148:156], fmt.Sprintf("%06o\x00 ", sum))
-	w.Write(b[:])
-}
-
-func (w *tarWriter) add(it tarItem) {
-	var pax string
-	rec := map[string]string{"mtime": fmt.Sprintf("%d.%09d", it.sec, it.nsec), "path": it.name}
-	if it.link != "" {
-		rec["linkpath"] = it.link
-	}
-	for k, v := range it.rec {
-		rec[k] = v
-	}
-	keys := []string{}
-	for k := range rec {
-		keys = append(keys, k)
-	}
-	sort.Strings(keys)
-	for _, k := range keys {
-		pax += paxRecord(k, rec[k])
-	}
-	w.block('x', "pax", "", &it, len(pax))
-	w.WriteString(pax)
-	w.Write(make([]byte, padding(int64(len(pax)))))
-	w.block(it.typ, it.name[:min(len(it.name), 100)], it.link[:min(len(it.link), 100)], &it, len(it.data))
-	w.Write(it.data)
-	w.Write(make([]byte, padding(int64(len(it.data)))))
-}
-
-func (w *tarWriter) end() []byte {
-	w.Write(make([]byte, 1024))
-	return w.Bytes()
-}
-
 // store captures dir the way a store is: everything below spaces/<name> in an archive of its own,
 // files below a folder called blobs with their content in the tree of the users.
 func (c *capturer) store(dir string) (storeNode *snapshot.Node) {
-	tars := map[string]*tarWriter{"": {}}
+	tars := map[string]*paxtest.Writer{"": {}}
 	first := map[string]map[uint64]string{}
 	var contents []*snapshot.Node
 	var walk func(rel string)
@@ -313,55 +240,55 @@ func (c *capturer) store(dir string) (storeNode *snapshot.Node) {
 			key = parts[1]
 		}
 		if tars[key] == nil {
-			tars[key] = &tarWriter{}
+			tars[key] = &paxtest.Writer{}
 		}
 		if first[key] == nil {
 			first[key] = map[uint64]string{}
 		}
-		it := tarItem{
-			name: rel, mode: st.Mode & 0o7777, uid: st.Uid, gid: st.Gid, sec: st.Mtim.Sec, nsec: st.Mtim.Nsec, rdev: st.Rdev, rec: map[string]string{},
+		it := paxtest.Item{
+			Name: rel, Mode: st.Mode & 0o7777, UID: st.Uid, GID: st.Gid, Sec: st.Mtim.Sec, Nsec: st.Mtim.Nsec, Rdev: st.Rdev, Rec: map[string]string{},
 		}
 		for _, x := range n.Xattrs {
 			switch {
 			case x.Name == snapshot.AttrHoles:
-				it.rec[recHoles] = string(x.Value)
+				it.Rec[pax.Holes] = string(x.Value)
 			default:
-				it.rec[recXattr+x.Name] = string(x.Value)
+				it.Rec[pax.Xattr+x.Name] = string(x.Value)
 			}
 		}
 		switch n.Type {
 		case snapshot.Dir:
-			it.typ, it.name = '5', rel+"/"
+			it.Type, it.Name = '5', rel+"/"
 			if rel == "" {
-				it.name = "./"
+				it.Name = "./"
 			}
 		case snapshot.File:
-			it.typ = '0'
+			it.Type = '0'
 			switch {
 			case strings.Contains(rel, "/blobs/"):
 				name := fmt.Sprintf("file %s", id.Hash([]byte(rel)))
 				contents = append(contents, &snapshot.Node{Name: name, Type: snapshot.File, Mode: 0o600, Size: n.Size, Content: n.Content})
-				it.rec[recContent], it.rec[recSize] = "/storage/users/spaces/a/"+name, fmt.Sprint(n.Size)
+				it.Rec[pax.Content], it.Rec[pax.Size] = "/storage/users/spaces/a/"+name, fmt.Sprint(n.Size)
 			default:
-				it.data = must(os.ReadFile(p))
+				it.Data = must(os.ReadFile(p))
 			}
 		case snapshot.Symlink:
-			it.typ, it.link = '2', n.LinkTarget
+			it.Type, it.Link = '2', n.LinkTarget
 		case snapshot.CharDev:
-			it.typ = '3'
+			it.Type = '3'
 		case snapshot.Dev:
-			it.typ = '4'
+			it.Type = '4'
 		case snapshot.FIFO:
-			it.typ = '6'
+			it.Type = '6'
 		case snapshot.Socket:
-			it.typ, it.rec[recType] = '0', "socket"
+			it.Type, it.Rec[pax.Type] = '0', "socket"
 		}
 		if f := first[key][st.Ino]; f != "" && st.Nlink > 1 && n.Type != snapshot.Dir {
-			it.typ, it.link, it.rec, it.data = '1', f, nil, nil
+			it.Type, it.Link, it.Rec, it.Data = '1', f, nil, nil
 		} else {
 			first[key][st.Ino] = rel
 		}
-		tars[key].add(it)
+		tars[key].Add(it)
 		if n.Type == snapshot.Dir {
 			for _, e := range must(os.ReadDir(p)) {
 				walk(joinPath(rel, e.Name()))
@@ -372,11 +299,11 @@ func (c *capturer) store(dir string) (storeNode *snapshot.Node) {
 	var meta []*snapshot.Node
 	for k, w := range tars {
 		if k != "" {
-			meta = append(meta, c.r.file(k+".tar", string(w.end())))
+			meta = append(meta, c.r.file(k+".tar", string(w.End())))
 		}
 	}
 	return c.r.folder("users",
-		c.r.file("store.tar", string(tars[""].end())),
+		c.r.file("store.tar", string(tars[""].End())),
 		c.r.folder("metadata", meta...),
 		c.r.folder("spaces", c.r.folder("a", contents...)))
 }

@@ -1,6 +1,7 @@
 package restore
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -295,11 +296,11 @@ func (j *job) piece(off int64, data []byte) error {
 func (j *job) write(fd int, off int64, data []byte) error {
 	for len(data) > 0 {
 		n, hole := int64(len(data)), false
-		if i := sort.Search(len(j.holes), func(i int) bool { return j.holes[i].end() > off }); i < len(j.holes) {
-			if h := j.holes[i]; h.off > off {
-				n = min(n, h.off-off)
+		if i := sort.Search(len(j.holes), func(i int) bool { return j.holes[i].End() > off }); i < len(j.holes) {
+			if h := j.holes[i]; h.Off > off {
+				n = min(n, h.Off-off)
 			} else {
-				n, hole = min(n, h.end()-off), true
+				n, hole = min(n, h.End()-off), true
 			}
 		}
 		if hole && !isZero(data[:n]) {
@@ -327,7 +328,7 @@ func (j *job) write(fd int, off int64, data []byte) error {
 
 // checkSize extends a file that ends with a hole, and makes sure of the size.
 func (j *job) checkSize(fd int) (*unix.Stat_t, error) {
-	if n := len(j.holes); n > 0 && j.holes[n-1].end() == j.size {
+	if n := len(j.holes); n > 0 && j.holes[n-1].End() == j.size {
 		if err := unix.Ftruncate(fd, j.size); err != nil {
 			return nil, fmt.Errorf("set size: %w", err)
 		}
@@ -435,4 +436,17 @@ func (j *job) replace() error {
 		return nil
 	}
 	return unix.Mknodat(fd, name, unix.S_IFREG|0o600, 0)
+}
+
+var zeros [64 << 10]byte
+
+func isZero(p []byte) bool {
+	for len(p) > 0 {
+		n := min(len(p), len(zeros))
+		if !bytes.Equal(p[:n], zeros[:n]) {
+			return false
+		}
+		p = p[n:]
+	}
+	return true
 }

@@ -23,11 +23,6 @@ type meta struct {
 	xattrs []snapshot.Xattr
 }
 
-// extent is a run of bytes.
-type extent struct{ off, len int64 }
-
-func (x extent) end() int64 { return x.off + x.len }
-
 func nodeMeta(n *snapshot.Node) meta {
 	m := meta{
 		mode: uint32(n.Mode & fs.ModePerm), uid: n.UID, gid: n.GID,
@@ -48,26 +43,6 @@ func nodeMeta(n *snapshot.Node) meta {
 		}
 	}
 	return m
-}
-
-// parseHoles reads "offset:length,...": ascending, apart, within size bytes.
-func parseHoles(s string, size int64) ([]extent, error) {
-	if s == "" {
-		return nil, nil
-	}
-	var out []extent
-	last := int64(0)
-	for part := range strings.SplitSeq(s, ",") {
-		a, b, ok := strings.Cut(part, ":")
-		off, err1 := strconv.ParseUint(a, 10, 63)
-		n, err2 := strconv.ParseUint(b, 10, 63)
-		if !ok || err1 != nil || err2 != nil || n == 0 || int64(off) < last || int64(n) > size || int64(off) > size-int64(n) {
-			return nil, fmt.Errorf("the list of holes is damaged at %q", part)
-		}
-		out = append(out, extent{int64(off), int64(n)})
-		last = int64(off + n)
-	}
-	return out, nil
 }
 
 func (m *meta) sameTime(st *unix.Stat_t) bool { return st.Mtim.Sec == m.sec && st.Mtim.Nsec == m.nsec }

@@ -14,6 +14,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/holdfast-backup/holdfast/internal/pax"
+	"github.com/holdfast-backup/holdfast/internal/pax/paxtest"
 	"github.com/holdfast-backup/holdfast/internal/progress"
 	"github.com/holdfast-backup/holdfast/internal/repo"
 	"github.com/holdfast-backup/holdfast/internal/repo/id"
@@ -153,15 +155,15 @@ func everyKind(t *testing.T, dir string) {
 	write(t, p("acl/inherited"), "has an access list")
 	write(t, p("acl/without"), "has none")
 	check(t, unix.Removexattr(p("acl/without"), "system.posix_acl_access"))
-	for name, layout := range map[string][]extent{
-		"sparse":     {{0, 4096}, {1 << 20, 8192}},
-		"sparse end": {{0, 4096}},
+	for name, layout := range map[string][]pax.Extent{
+		"sparse":     {{Off: 0, Len: 4096}, {Off: 1 << 20, Len: 8192}},
+		"sparse end": {{Off: 0, Len: 4096}},
 		"all hole":   nil,
 	} {
 		f, err := os.Create(p(name))
 		check(t, err)
 		for _, x := range layout {
-			_, err := f.WriteAt(bytes.Repeat([]byte{'d'}, int(x.len)), x.off)
+			_, err := f.WriteAt(bytes.Repeat([]byte{'d'}, int(x.Len)), x.Off)
 			check(t, err)
 		}
 		check(t, f.Truncate(2<<20))
@@ -320,12 +322,12 @@ func TestDelta(t *testing.T) {
 // becomes a file of its own.
 func TestSharedOutside(t *testing.T) {
 	r := newMemRepo()
-	var w tarWriter
-	w.add(tarItem{typ: '5', name: "./", mode: 0o755})
-	w.add(tarItem{typ: '0', name: "f", mode: 0o644, sec: 5, data: []byte("content")})
-	w.add(tarItem{typ: '1', name: "f link", link: "f"})
-	w.add(tarItem{typ: '0', name: "g", mode: 0o644, sec: 5, data: []byte("other content")})
-	sn := r.archive(w.end())
+	var w paxtest.Writer
+	w.Add(paxtest.Item{Type: '5', Name: "./", Mode: 0o755})
+	w.Add(paxtest.Item{Type: '0', Name: "f", Mode: 0o644, Sec: 5, Data: []byte("content")})
+	w.Add(paxtest.Item{Type: '1', Name: "f link", Link: "f"})
+	w.Add(paxtest.Item{Type: '0', Name: "g", Mode: 0o644, Sec: 5, Data: []byte("other content")})
+	sn := r.archive(w.End())
 	dst := t.TempDir()
 	mustRestore(t, r, sn, dst, nil)
 	check(t, os.Link(filepath.Join(dst, "data/f"), filepath.Join(dst, "outside f")))

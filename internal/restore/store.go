@@ -14,18 +14,10 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"github.com/holdfast-backup/holdfast/internal/pax"
 	"github.com/holdfast-backup/holdfast/internal/repo"
 	"github.com/holdfast-backup/holdfast/internal/repo/id"
 	"github.com/holdfast-backup/holdfast/internal/snapshot"
-)
-
-// Names of the pax records that Holdfast adds.
-const (
-	recContent = "HOLDFAST.content"
-	recSize    = "HOLDFAST.size"
-	recHoles   = "HOLDFAST.holes"
-	recType    = "HOLDFAST.type"
-	recXattr   = "SCHILY.xattr."
 )
 
 // tarFile is one of the archives of a store.
@@ -75,7 +67,7 @@ func restoreTar(d *dest, t tarFile, sink func(*job) error) error {
 	defer src.close()
 	a := newApplier(d, sink)
 	defer a.close()
-	r := newTarReader(bufio.NewReaderSize(src, 64<<10))
+	r := pax.NewReader(bufio.NewReaderSize(src, 64<<10))
 	for {
 		h, err := r.Next()
 		if err == io.EOF {
@@ -102,7 +94,7 @@ func restoreTar(d *dest, t tarFile, sink func(*job) error) error {
 }
 
 // tarEntry makes an entry of a header.
-func tarEntry(h *tarHeader, data io.Reader, archive string) (*entry, error) {
+func tarEntry(h *pax.Header, data io.Reader, archive string) (*entry, error) {
 	e := &entry{
 		from: archive,
 		meta: meta{mode: h.Mode, uid: h.UID, gid: h.GID, sec: h.Sec, nsec: h.Nsec},
@@ -126,29 +118,29 @@ func tarEntry(h *tarHeader, data io.Reader, archive string) (*entry, error) {
 		}
 	}
 	for k, v := range h.Records {
-		if x, ok := strings.CutPrefix(k, recXattr); ok && !strings.HasPrefix(x, snapshot.AttrPrefix) {
-			e.meta.xattrs = append(e.meta.xattrs, snapshot.Xattr{Name: xattrName(x), Value: []byte(v)})
+		if x, ok := strings.CutPrefix(k, pax.Xattr); ok && !strings.HasPrefix(x, snapshot.AttrPrefix) {
+			e.meta.xattrs = append(e.meta.xattrs, snapshot.Xattr{Name: pax.XattrName(x), Value: []byte(v)})
 		}
 	}
 	slices.SortFunc(e.meta.xattrs, func(a, b snapshot.Xattr) int { return strings.Compare(a.Name, b.Name) })
 	switch h.Type {
 	case '0':
 		e.typ, e.size = snapshot.File, h.Size
-		if h.Records[recType] == "socket" {
+		if h.Records[pax.Type] == pax.Socket {
 			e.typ, e.size = snapshot.Socket, 0
 			return e, nil
 		}
-		if c := h.Records[recContent]; c != "" {
-			n, err := strconv.ParseUint(h.Records[recSize], 10, 62)
+		if c := h.Records[pax.Content]; c != "" {
+			n, err := strconv.ParseUint(h.Records[pax.Size], 10, 62)
 			if err != nil {
-				return e, fmt.Errorf("record %s=%q", recSize, h.Records[recSize])
+				return e, fmt.Errorf("record %s=%q", pax.Size, h.Records[pax.Size])
 			}
 			e.content, e.size = c, int64(n)
 		} else {
 			e.data = data
 		}
 		var err error
-		e.holes, err = parseHoles(h.Records[recHoles], e.size)
+		e.holes, err = pax.ParseHoles(h.Records[pax.Holes], e.size)
 		return e, err
 	case '1':
 		e.typ, e.hardlink = snapshot.File, strings.TrimPrefix(h.Link, "./")
@@ -167,14 +159,6 @@ func tarEntry(h *tarHeader, data io.Reader, archive string) (*entry, error) {
 		return e, refused("unknown type %q", string(h.Type))
 	}
 	return e, nil
-}
-
-// xattrName undoes how GNU tar writes the two bytes that a key of a pax record cannot hold.
-func xattrName(s string) string {
-	if strings.IndexByte(s, '%') < 0 {
-		return s
-	}
-	return strings.NewReplacer("%3D", "=", "%25", "%").Replace(s)
 }
 
 // --- contents that lie in the users' trees --------------------------------------------------------

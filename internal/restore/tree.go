@@ -7,6 +7,7 @@ import (
 	"io"
 	"sync"
 
+	"github.com/holdfast-backup/holdfast/internal/pax"
 	"github.com/holdfast-backup/holdfast/internal/repo"
 	"github.com/holdfast-backup/holdfast/internal/repo/id"
 	"github.com/holdfast-backup/holdfast/internal/snapshot"
@@ -193,7 +194,7 @@ func nodeEntry(n *snapshot.Node, rel, from string) (*entry, error) {
 	}
 	var err error
 	h, _ := n.Attr(snapshot.AttrHoles)
-	e.holes, err = parseHoles(h, e.size)
+	e.holes, err = pax.ParseHoles(h, e.size)
 	return e, err
 }
 

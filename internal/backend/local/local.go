@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"syscall"
 
 	"github.com/holdfast-backup/holdfast/internal/backend"
@@ -23,6 +24,7 @@ type Backend struct {
 	dir string
 	// Modes of new directories, of files while they are written, and of finished files.
 	dirMode, newMode, doneMode fs.FileMode
+	noDirect                   atomic.Bool // the file system takes no direct writes
 }
 
 var _ backend.Backend = (*Backend)(nil)
@@ -131,7 +133,11 @@ func (b *Backend) Save(ctx context.Context, h backend.Handle, data []byte) (err 
 			os.Remove(tmp)
 		}
 	}()
-	for rest := data; len(rest) > 0; {
+	direct, err := b.writeDirect(f, data)
+	if err != nil {
+		return wrap("save", h, err)
+	}
+	for rest := data[direct:]; len(rest) > 0; {
 		if err := ctx.Err(); err != nil {
 			return fmt.Errorf("save %v: %w", h, err)
 		}

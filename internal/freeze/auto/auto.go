@@ -168,6 +168,10 @@ func Detect(ctx context.Context, inst *ocis.Instance, o Options) (*Choice, error
 		if loose > 1 {
 			return nil, fmt.Errorf("cannot tell how to freeze: %d processes use the data: %w; name the server, as in --freeze process:PID, or give --stop-command and --start-command", loose, u.Err())
 		}
+		// Whatever else has the data open (a copy, a shell) is not ours to stop.
+		if args := o.commandLine(servers[0].pid); len(args) == 0 || !productName.MatchString(filepath.Base(args[0])) {
+			return nil, fmt.Errorf("cannot tell how to freeze: %w, and that does not look like the server; end it, or name the server, as in --freeze process:PID, or give --stop-command and --start-command", u.Err())
+		}
 		return &Choice{o.process(servers[0].pid), "process", fmt.Sprintf("the server is process %d, of no container and no unit", servers[0].pid)}, nil
 	}
 	return nil, fmt.Errorf("cannot tell how to freeze: the instance runs in several ways at once: %s; give --stop-command and --start-command for all of them", describe(servers))

@@ -1,4 +1,4 @@
-package restore
+package pax
 
 import (
 	"bytes"
@@ -9,30 +9,27 @@ import (
 	"strings"
 )
 
-// A tarReader reads the POSIX pax archives that hold a store's metadata. It is stricter than
-// archive/tar where that guesses, and takes what that does not give back: raw bytes in names
-// (hdrcharset=BINARY), attributes with an empty value, our own records.
+// A Reader reads an archive from front to back. It is stricter than archive/tar where that guesses, and
+// takes what that does not give back: raw bytes in names (hdrcharset=BINARY), attributes with an empty
+// value, extended headers of more than 1 MiB.
 //
 // Source: POSIX.1-2017, pax interchange format.
-type tarReader struct {
+type Reader struct {
 	r      io.Reader
 	left   int64 // bytes of the current entry's data that were not read
 	pad    int64
 	offset int64 // of the next header, for messages
-	blk    [tarBlock]byte
+	blk    [BlockSize]byte
 	global map[string]string
-	// anySum takes headers with a wrong checksum: no fuzzer would ever find a right one.
-	anySum bool
+	anySum bool // takes headers with a wrong checksum, for the fuzzer
 }
 
-const (
-	tarBlock = 512
-	// paxLimit bounds an extended header, in bytes: 64 KiB for each of many attributes fits.
-	paxLimit = 8 << 20
-)
+// HeaderLimit bounds an extended header, in bytes: 64 KiB for each of many attributes fits.
+const HeaderLimit = 8 << 20
 
-// tarHeader is one entry. Names are raw bytes as they stand in the archive.
-type tarHeader struct {
+// Header is one entry. Names are raw bytes as they stand in the archive, and nobody has checked them.
+type Header struct {
+	// Type is '0' to '6' as in POSIX, with the old forms of '0' made one; others are passed through.
 	Type     byte
 	Name     string
 	Link     string
@@ -47,16 +44,20 @@ type tarHeader struct {
 	Records map[string]string
 }
 
-var errTar = errors.New("damaged tar stream")
+// ErrDamaged is returned (wrapped, with the place) for what is no archive, or only a part of one.
+var ErrDamaged = errors.New("damaged tar stream")
 
-func (t *tarReader) damaged(format string, args ...any) error {
-	return fmt.Errorf("%w at offset %d: %s", errTar, t.offset, fmt.Sprintf(format, args...))
+func (t *Reader) damaged(format string, args ...any) error {
+	return fmt.Errorf("%w at offset %d: %s", ErrDamaged, t.offset, fmt.Sprintf(format, args...))
 }
 
-func newTarReader(r io.Reader) *tarReader { return &tarReader{r: r} }
+// NewReader returns a Reader of the archive in r. It reads headers block by block: r should have a buffer.
+func NewReader(r io.Reader) *Reader { return &Reader{r: r} }
 
-// Read reads the data of the current entry.
-func (t *tarReader) Read(p []byte) (int, error) {
+// Read reads the data of the current entry, and returns io.EOF at its end.
+//
+// Errors: ErrDamaged; others are those of the underlying reader.
+func (t *Reader) Read(p []byte) (int, error) {
 	if t.left == 0 {
 		return 0, io.EOF
 	}
@@ -71,7 +72,7 @@ func (t *tarReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-func (t *tarReader) full(p []byte) error {
+func (t *Reader) full(p []byte) error {
 	if _, err := io.ReadFull(t.r, p); err != nil {
 		if err == io.EOF || err == io.ErrUnexpectedEOF {
 			return t.damaged("it ends too early")
@@ -82,15 +83,15 @@ func (t *tarReader) full(p []byte) error {
 }
 
 // skip discards what is left of the current entry.
-func (t *tarReader) skip() error {
+func (t *Reader) skip() error {
 	n := t.left + t.pad
 	t.left, t.pad = 0, 0
 	for n > 0 {
 		p := t.blk[:]
-		if n < tarBlock {
+		if n < BlockSize {
 			p = p[:n]
 		}
-		if n >= 64*tarBlock { // long data that nobody wanted
+		if n >= 64*BlockSize { // long data that nobody wanted
 			m, err := io.CopyN(io.Discard, t.r, n)
 			if err == io.EOF {
 				return t.damaged("it ends within the data of an entry")
@@ -109,8 +110,11 @@ func (t *tarReader) skip() error {
 	return nil
 }
 
-// Next returns the next entry, or io.EOF after the two zero blocks that end an archive.
-func (t *tarReader) Next() (*tarHeader, error) {
+// Next returns the next entry, or io.EOF after the two zero blocks that end an archive. What was not read
+// of the last entry is passed over.
+//
+// Errors: ErrDamaged; others are those of the underlying reader.
+func (t *Reader) Next() (*Header, error) {
 	var local map[string]string
 	for {
 		if err := t.skip(); err != nil {
@@ -119,11 +123,11 @@ func (t *tarReader) Next() (*tarHeader, error) {
 		if err := t.full(t.blk[:]); err != nil {
 			return nil, err
 		}
-		if isZero(t.blk[:]) {
+		if t.blk == [BlockSize]byte{} {
 			if err := t.full(t.blk[:]); err != nil {
 				return nil, err
 			}
-			if !isZero(t.blk[:]) {
+			if t.blk != [BlockSize]byte{} {
 				return nil, t.damaged("a lone zero block")
 			}
 			if local != nil {
@@ -136,14 +140,14 @@ func (t *tarReader) Next() (*tarHeader, error) {
 			return nil, err
 		}
 		if h.Type == 'x' || h.Type == 'g' {
-			if h.Size > paxLimit {
+			if h.Size > HeaderLimit {
 				return nil, t.damaged("an extended header of %d bytes", h.Size)
 			}
 			p := make([]byte, h.Size)
 			if err := t.full(p); err != nil {
 				return nil, err
 			}
-			t.offset += tarBlock + h.Size + padding(h.Size)
+			t.offset += BlockSize + h.Size + padding(h.Size)
 			t.pad = padding(h.Size)
 			rec, err := t.parsePax(p)
 			if err != nil {
@@ -169,14 +173,15 @@ func (t *tarReader) Next() (*tarHeader, error) {
 			h.Size = 0
 		}
 		t.left, t.pad = h.Size, padding(h.Size)
-		t.offset += tarBlock + t.left + t.pad
+		t.offset += BlockSize + t.left + t.pad
 		return h, nil
 	}
 }
 
-func padding(n int64) int64 { return -n & (tarBlock - 1) }
+// padding is the number of zeros that follow n bytes of data.
+func padding(n int64) int64 { return -n & (BlockSize - 1) }
 
-func (t *tarReader) parseHeader() (*tarHeader, error) {
+func (t *Reader) parseHeader() (*Header, error) {
 	b := t.blk[:]
 	var sum int64
 	for i, c := range b {
@@ -185,11 +190,11 @@ func (t *tarReader) parseHeader() (*tarHeader, error) {
 		}
 		sum += int64(c)
 	}
-	want, ok := tarNumber(b[148:156])
+	want, ok := number(b[148:156])
 	if (!ok || want != sum) && !t.anySum {
 		return nil, t.damaged("wrong checksum of a header")
 	}
-	h := &tarHeader{Type: b[156], Name: cString(b[0:100]), Link: cString(b[157:257])}
+	h := &Header{Type: b[156], Name: cString(b[0:100]), Link: cString(b[157:257])}
 	if h.Type == 0 || h.Type == '7' {
 		h.Type = '0'
 	}
@@ -198,7 +203,7 @@ func (t *tarReader) parseHeader() (*tarHeader, error) {
 		if f == nil {
 			continue
 		}
-		if n[i], ok = tarNumber(f); !ok {
+		if n[i], ok = number(f); !ok {
 			return nil, t.damaged("a number that is none in a header")
 		}
 	}
@@ -207,8 +212,8 @@ func (t *tarReader) parseHeader() (*tarHeader, error) {
 	}
 	h.Mode, h.UID, h.GID, h.Size, h.Sec = uint32(n[0])&0o7777, uint32(n[1]), uint32(n[2]), n[3], n[4]
 	if bytes.Equal(b[257:263], []byte("ustar\x00")) {
-		major, ok1 := tarNumber(b[329:337])
-		minor, ok2 := tarNumber(b[337:345])
+		major, ok1 := number(b[329:337])
+		minor, ok2 := number(b[337:345])
 		if !ok1 || !ok2 || major < 0 || minor < 0 || major > 1<<32-1 || minor > 1<<32-1 {
 			return nil, t.damaged("a device number that is none in a header")
 		}
@@ -221,7 +226,7 @@ func (t *tarReader) parseHeader() (*tarHeader, error) {
 }
 
 // parsePax reads records of the form "length key=value\n".
-func (t *tarReader) parsePax(p []byte) (map[string]string, error) {
+func (t *Reader) parsePax(p []byte) (map[string]string, error) {
 	rec := make(map[string]string)
 	for len(p) > 0 {
 		sp := bytes.IndexByte(p, ' ')
@@ -244,7 +249,7 @@ func (t *tarReader) parsePax(p []byte) (map[string]string, error) {
 }
 
 // merge puts the pax records, the entry's own before the global ones, in the place of the fields.
-func (t *tarReader) merge(h *tarHeader, local map[string]string) error {
+func (t *Reader) merge(h *Header, local map[string]string) error {
 	h.Records = local
 	if len(t.global) > 0 {
 		h.Records = make(map[string]string, len(t.global)+len(local))
@@ -308,8 +313,8 @@ func parsePaxTime(s string) (sec, nsec int64, err error) {
 	return sec, nsec, nil
 }
 
-// tarNumber reads octal digits, or the base 256 form that starts with a set high bit.
-func tarNumber(b []byte) (int64, bool) {
+// number reads octal digits, or the base 256 form that starts with a set high bit.
+func number(b []byte) (int64, bool) {
 	if b[0]&0x80 != 0 {
 		neg := byte(0)
 		if b[0]&0x40 != 0 {
@@ -347,17 +352,4 @@ func cString(b []byte) string {
 		b = b[:i]
 	}
 	return string(b)
-}
-
-var zeros [64 << 10]byte
-
-func isZero(p []byte) bool {
-	for len(p) > 0 {
-		n := min(len(p), len(zeros))
-		if !bytes.Equal(p[:n], zeros[:n]) {
-			return false
-		}
-		p = p[n:]
-	}
-	return true
 }
