@@ -32,8 +32,14 @@ FUZZTIME ?= 30s
 fuzz:
 	scripts/fuzz.sh $(FUZZTIME)
 
-bench:
-	$(GO) run ./bench/...
+# Holdfast against restic on a generated store; needs restic and some 20 GB in SCRATCH.
+FILES   ?= 20000
+BYTES   ?= 4GB
+RUNS    ?= 3
+SCRATCH ?= /var/tmp/holdfast-bench
+bench: build deps
+	mkdir -p $(SCRATCH)
+	$(GO) run ./bench/run -holdfast ./holdfast -files $(FILES) -bytes $(BYTES) -n $(RUNS) -scratch $(SCRATCH) -o docs/BENCHMARKS.md
 
 # Man pages and completions.
 dist: build

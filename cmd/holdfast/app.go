@@ -99,8 +99,8 @@ flag. RESTIC_REPOSITORY, RESTIC_PASSWORD_FILE, RESTIC_PASSWORD_COMMAND and
 RESTIC_PASSWORD are used where ours are not set.
 
 An instance that was stopped for a backup is started again whatever happens. Should
-the machine go down, or everything be killed at once, then the next command of any
-kind starts it, or holdfast thaw; holdfast status tells about it.
+the machine go down, or everything be killed at once, then the next backup starts it,
+or holdfast thaw; holdfast status tells about it.
 
 ` + exitHelp(),
 		SilenceErrors: true,

@@ -112,6 +112,8 @@ func explain(ctx context.Context, err error) error {
 	}
 	var locked *repo.LockedError
 	switch {
+	case errors.Is(err, freeze.ErrNotReady):
+		return explainNotReady(err)
 	case errors.Is(err, freeze.ErrNotStarted):
 		return ui.WithHints(err, "Start the service by hand now, and look into its log.")
 	case errors.Is(err, repo.ErrNoRepository):

@@ -79,11 +79,11 @@ var ways = []way{
 		make: func(r freezeRequest) (freeze.Freezer, error) { return freeze.None{Progress: r.sink}, nil },
 	},
 	{
-		word: "command", does: "--stop-command stops it, --start-command starts it again",
+		word: "command", does: "--stop-command stops it,\n--start-command starts it again",
 		make: commandWay,
 	},
 	{
-		word: "process", arg: "PID", does: "the server process is told to end, and is run again as it was;\nwithout PID it is --pid, or found by its data",
+		word: "process", arg: "PID", does: "the server process is told to end,\nand is run again as it was;\nwithout PID it is --pid, or found by its data",
 		make: processWay,
 	},
 	{
@@ -91,11 +91,11 @@ var ways = []way{
 		make: namedWay("systemd"),
 	},
 	{
-		word: "docker", arg: "CONTAINER[,CONTAINER...]", must: true, does: "the server in the container is told to end, then the container is stopped",
+		word: "docker", arg: "CONTAINER[,CONTAINER...]", must: true, does: "the server in it is told to end,\nthen the container is stopped",
 		make: namedWay("docker"),
 	},
 	{
-		word: "compose", arg: "PROJECT[/SERVICE,...]", must: true, does: "the same for the product's services of a project, and those listed",
+		word: "compose", arg: "PROJECT[/SERVICE,...]", must: true, does: "the same for the product's services,\nand those listed",
 		make: namedWay("compose"),
 	},
 }
