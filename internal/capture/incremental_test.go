@@ -129,8 +129,10 @@ func TestEachChangeIsSeen(t *testing.T) {
 func TestJustChangedIsReadAgain(t *testing.T) {
 	s := newTinyStore(t)
 	r, _ := newRepo(t)
-	at := time.Now() // a clock that stands still, because a slow machine takes longer than the window
-	now := func() time.Time { return at }
+	// A clock that stands still at the last write, because a slow machine takes longer than the window.
+	st, err := os.Stat(s.space("blobs/" + ocis.NodePath(blobID)))
+	s.check(err)
+	now := func() time.Time { return st.ModTime() }
 	first, sn, _ := run(t, r, s.inst, capture.Options{Now: now})
 	res, again, _ := run(t, r, s.inst, capture.Options{Cache: first.Cache, Now: now})
 	if res.Stats.BytesRead == 0 {
