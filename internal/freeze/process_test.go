@@ -67,8 +67,16 @@ func portrait(t *testing.T, pid int) string {
 	}
 	for line := range strings.Lines(string(data)) {
 		switch key, _, _ := strings.Cut(line, ":"); key {
-		case "Uid", "Gid", "Groups", "Umask", "SigIgn", "CapEff", "CapPrm", "NoNewPrivs":
+		case "Uid", "Gid", "Groups", "Umask", "CapEff", "CapPrm", "NoNewPrivs":
 			b.WriteString(line)
+		case "SigIgn":
+			// Tests that run under nohup hand an ignored SIGHUP (bit 0) on; a Go program cannot pass it
+			// to a process that it starts, and a server minds neither.
+			v, err := strconv.ParseUint(strings.TrimSpace(line[len("SigIgn:"):]), 16, 64)
+			if err != nil {
+				t.Fatal(err)
+			}
+			fmt.Fprintf(&b, "SigIgn: %x\n", v&^1)
 		}
 	}
 	sid, err := unix.Getsid(pid)
