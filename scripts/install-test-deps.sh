@@ -21,7 +21,7 @@ want=(
   busybox:busybox-static # must be static
   ps:procps
   blkid:util-linux
-  zfs-fuse:zfs-fuse
+  zfs-fuse:zfs-fuse # views on a real ZFS
 )
 PATH=$PATH:/usr/sbin:/sbin
 missing=()
@@ -46,5 +46,12 @@ if [ "$(id -u)" != 0 ]; then
   as_root=(sudo)
 fi
 echo "installing ${missing[*]}"
+# The programs are wanted, not their services: a daemon that runs would be in the tests' way.
+policy=/usr/sbin/policy-rc.d
+if [ ! -e "$policy" ]; then
+  trap '"${as_root[@]}" rm -f "$policy"' EXIT
+  printf '#!/bin/sh\nexit 101\n' | "${as_root[@]}" tee "$policy" >/dev/null
+  "${as_root[@]}" chmod 0755 "$policy"
+fi
 "${as_root[@]}" apt-get -q update
 "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -q -y --no-install-recommends install "${missing[@]}"
