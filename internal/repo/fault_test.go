@@ -155,7 +155,9 @@ func tryFault(t *testing.T, base *mem.Backend, old []ID, f fault.Fault) {
 	start := time.Now()
 	err := session(ctx, fb, old)
 	if f.Effect == fault.Hang {
-		if err == nil || time.Since(start) > 20*time.Second {
+		// The number of index files depends on how the uploads meet: the last may not come.
+		missed := f.N > 1 && len(fb.Unfired()) > 0
+		if err == nil && !missed || time.Since(start) > 20*time.Second {
 			t.Errorf("%v: %v after %v", f, err, time.Since(start))
 		}
 		return
@@ -247,7 +249,11 @@ func TestCrash(t *testing.T) {
 			} else {
 				fb.KillBefore(n)
 			}
-			if err := session(ctx, fb, old); !errors.Is(err, fault.ErrKilled) {
+			err := session(ctx, fb, old)
+			if err == nil && fb.Writes() < n && n > 8 {
+				continue // this run needed fewer index files
+			}
+			if !errors.Is(err, fault.ErrKilled) {
 				t.Fatalf("write %d, after %v: %v", n, after, err)
 			}
 			checkClean(t, m)
