@@ -6,15 +6,8 @@ import (
 	"unicode/utf8"
 
 	"golang.org/x/sys/unix"
-)
 
-// Names of the records that Holdfast adds to pax headers. Other readers pass them over.
-const (
-	paxContent = "HOLDFAST.content" // path in the snapshot of the file that holds the content
-	paxSize    = "HOLDFAST.size"    // length of that content, decimal bytes
-	paxHoles   = "HOLDFAST.holes"   // holes of a sparse file, as the node attribute of that name
-	paxType    = "HOLDFAST.type"    // "socket", which tar has no type for
-	paxXattr   = "SCHILY.xattr."    // as GNU tar and star write extended attributes
+	"github.com/holdfast-backup/holdfast/internal/pax"
 )
 
 const tarBlock = 512
@@ -89,21 +82,17 @@ func (w *tarWriter) add(e *tarEntry) {
 	}
 	if e.hardlink == "" {
 		if e.content != "" {
-			w.record(paxContent, e.content)
-			w.record(paxSize, strconv.FormatInt(e.size, 10))
+			w.record(pax.Content, e.content)
+			w.record(pax.Size, strconv.FormatInt(e.size, 10))
 		}
 		if len(e.holes) > 0 {
-			w.record(paxHoles, formatHoles(e.holes))
+			w.record(pax.Holes, formatHoles(e.holes))
 		}
 		if e.mode&unix.S_IFMT == unix.S_IFSOCK {
-			w.record(paxType, "socket")
+			w.record(pax.Type, pax.Socket)
 		}
 		for i := range e.xattrs {
-			name := e.xattrs[i].name
-			if strings.ContainsAny(name, "%=") { // as GNU tar: an equals sign would end the key
-				name = strings.NewReplacer("%", "%25", "=", "%3D").Replace(name)
-			}
-			w.record(paxXattr+name, string(e.xattrs[i].value))
+			w.record(pax.Xattr+pax.EscapeXattrName(e.xattrs[i].name), string(e.xattrs[i].value))
 		}
 	}
 	if len(w.pax) > 0 {

@@ -483,10 +483,10 @@ func TestProcess(t *testing.T) {
 	root := tempDir(t)
 	addInstance(t, filepath.Join(root, "home/me/.opencloud"), filepath.Join(root, "home/me/.opencloud/config"), ocis.OpenCloud)
 	p := filepath.Join(root, "proc/77")
-	write(t, root, map[string]string{"usr/bin/opencloud": "x", "home/me/work/themes/a": ""})
+	write(t, root, map[string]string{"usr/bin/opencloud": "x", "home/me/cloud/themes/a": ""})
 	write(t, p, map[string]string{"environ": "HOME=/home/me\x00WEB_ASSET_THEMES_PATH=themes\x00MULTI=a\nb\x00", "cmdline": "opencloud\x00server\x00", "cgroup": "0::/user.slice\n"})
 	link(t, "/usr/bin/opencloud", filepath.Join(p, "exe"))
-	link(t, "/home/me/work", filepath.Join(p, "cwd"))
+	link(t, "/home/me/cloud", filepath.Join(p, "cwd"))
 	link(t, "/", filepath.Join(p, "root"))
 	o := quiet(root)
 	o.PID = 77
@@ -495,7 +495,7 @@ func TestProcess(t *testing.T) {
 	if in.BasePath != filepath.Join(root, "home/me/.opencloud") || in.Software.Binary != filepath.Join(root, "usr/bin/opencloud") || in.Version != "2.0.0" {
 		t.Errorf("got %s, %+v, %s", in.BasePath, in.Software, in.Version)
 	}
-	if d := set(t, in, "web-themes"); d.Path != filepath.Join(root, "home/me/work/themes") {
+	if d := set(t, in, "web-themes"); d.Path != filepath.Join(root, "home/me/cloud/themes") {
 		t.Errorf("%+v", d)
 	}
 	if got := content(t, in, "process.env"); got != "; in systemd's syntax\nHOME=\"/home/me\"\nMULTI=\"a\nb\"\nWEB_ASSET_THEMES_PATH=\"themes\"\n" {
