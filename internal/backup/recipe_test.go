@@ -35,7 +35,7 @@ func TestRecipeOfTheSnapshotWorks(t *testing.T) {
 				t.Fatal(err)
 			}
 			for _, tar := range append(tars, filepath.Join(out, "storage/users/store.tar")) {
-				command(t, "tar", "--xattrs", "--xattrs-include=*", "-xpf", tar, "-C", root)
+				command(t, "tar", "--warning=no-unknown-keyword", "--xattrs", "--xattrs-include=*", "-xpf", tar, "-C", root)
 				command(t, "python3", script, out, tar, root)
 			}
 			diff, err := testfixture.Diff(filepath.Join(source, "data/storage/users"), root)
