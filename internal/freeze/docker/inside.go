@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -61,6 +62,15 @@ func inContainer(pid int, id string) bool {
 func (i inside) processes(ctx context.Context) ([]process, error) {
 	if !i.direct {
 		top, err := i.client.Top(ctx, i.k.ID)
+		// A container that ends at this moment makes the engine answer anything; what it says of the
+		// container a moment later counts.
+		for try := 0; err != nil && try < 10 && ctx.Err() == nil; try++ {
+			if k, kerr := i.client.Inspect(ctx, i.k.ID); kerr == nil && !k.State.Running {
+				return nil, nil
+			}
+			time.Sleep(100 * time.Millisecond)
+			top, err = i.client.Top(ctx, i.k.ID)
+		}
 		if err != nil {
 			return nil, fmt.Errorf("list the processes of container %s: %w", i.k.Name, err)
 		}
