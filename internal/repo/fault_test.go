@@ -162,8 +162,17 @@ func tryFault(t *testing.T, base *mem.Backend, old []ID, f fault.Fault) {
 		}
 		return
 	}
-	if len(fb.Unfired()) > 0 && f.Times == 0 && f.N == 1 {
-		t.Errorf("%v did not strike", f)
+	if len(fb.Unfired()) > 0 && f.Times == 0 {
+		// Only the first of a kind comes for certain: how many index files there are depends on how the
+		// uploads meet. What did not strike must have done no harm.
+		if f.N == 1 {
+			t.Errorf("%v did not strike", f)
+		}
+		if err != nil {
+			t.Errorf("%v did not strike, and yet: %v", f, err)
+		}
+		checkClean(t, m)
+		return
 	}
 	if err == nil {
 		// A flipped bit in what was saved shows only to check; one that was read is cured by reading again.
