@@ -108,6 +108,13 @@ func backUpLive(t *testing.T, dir string, o backup.Options) *server {
 	if p := res.Manifest.Proof; !p.Complete {
 		t.Errorf("incomplete: %+v", p)
 	}
+	kind := "none"
+	if len(o.Views) > 0 {
+		kind = o.Views[0].Kind()
+	}
+	if v := res.Manifest.Views; len(v) == 0 || v[0].Kind != kind {
+		t.Errorf("it was read from views %+v, want %s", v, kind)
+	}
 	clean(t, repoDir)
 	sameAs(t, open(t, be), "latest", srv.kept)
 	return srv
