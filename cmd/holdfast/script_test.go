@@ -89,6 +89,7 @@ func TestScripts(t *testing.T) {
 		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
 			"exits":      cmdExits,
 			"fixture":    cmdFixture,
+			"history":    cmdHistory,
 			"equal":      cmdEqual,
 			"lock":       cmdLock,
 			"repository": cmdRepository,

@@ -27,7 +27,7 @@ var nouns = []string{"internal/ocis", "internal/progress", "internal/repo/id"}
 var testHelpers, testHelperUsers = []string{"internal/testfixture"}, []string{"internal/demo", "bench", "internal/testfixture"}
 
 // outer are the outermost parts: only cmd imports them.
-var outer = []string{"internal/ui", "internal/settings", "internal/backup", "internal/daemon"}
+var outer = []string{"internal/ui", "internal/settings", "internal/backup", "internal/maintain", "internal/daemon"}
 
 // within reports whether pkg is one of the list or below one of it.
 func within(pkg string, list ...string) bool {

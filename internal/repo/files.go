@@ -2,6 +2,8 @@ package repo
 
 import (
 	"context"
+	"crypto/rand"
+	"errors"
 	"fmt"
 	"io"
 	"strings"
@@ -159,4 +161,24 @@ func (r *Repository) FindFile(ctx context.Context, t backend.FileType, prefix st
 		return ID{}, &AmbiguousError{t, prefix, found}
 	}
 	return found[0], nil
+}
+
+// ErrNoRemoval is returned when the place of the repository lets nothing be removed, as an append-only
+// server does.
+var ErrNoRemoval = errors.New("nothing can be removed there")
+
+// CanRemove finds out whether files of type t can be removed, by asking for one that does not exist: whoever
+// replaces files learns before the first write that the old ones could not go. Errors: ErrNoRemoval.
+func (r *Repository) CanRemove(ctx context.Context, t backend.FileType) error {
+	var none ID
+	rand.Read(none[:])
+	err := r.be.Remove(ctx, backend.Handle{Type: t, Name: none.String()})
+	if err == nil || errors.Is(err, backend.ErrNotExist) {
+		return nil
+	}
+	var pe *backend.PermanentError
+	if errors.As(err, &pe) && ctx.Err() == nil {
+		return fmt.Errorf("%w: the repository at %s: %w", ErrNoRemoval, r.be.Location(), err)
+	}
+	return fmt.Errorf("try to remove something from the repository at %s: %w", r.be.Location(), err)
 }
