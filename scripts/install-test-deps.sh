@@ -22,6 +22,13 @@ want=(
   ps:procps
   blkid:util-linux
   zfs-fuse:zfs-fuse # views on a real ZFS
+  rclone:rclone
+  sshd:openssh-server
+  ssh:openssh-client
+)
+# Programs that are Go modules: name package@version
+modules=(
+  "versitygw github.com/versity/versitygw/cmd/versitygw@v1.8.0" # an S3 server
 )
 PATH=$PATH:/usr/sbin:/sbin
 missing=()
@@ -30,6 +37,13 @@ for w in "${want[@]}"; do
 done
 # gcc comes without the C library's headers where recommended packages are left out.
 [ -e /usr/include/stdlib.h ] || missing+=(libc6-dev)
+
+# Go puts them where the tests look: in GOBIN, or bin below GOPATH.
+bin=$(go env GOBIN)
+bin=${bin:-$(go env GOPATH)/bin}
+for m in "${modules[@]}"; do
+  command -v "${m%% *}" >/dev/null || [ -x "$bin/${m%% *}" ] || go install "${m#* }"
+done
 [ ${#missing[@]} -gt 0 ] || exit 0
 
 if ! command -v apt-get >/dev/null; then
