@@ -21,7 +21,7 @@ var steps = []string{
 }
 
 // nouns import nothing of ours.
-var nouns = []string{"internal/ocis", "internal/progress", "internal/repo/id", "internal/transport"}
+var nouns = []string{"internal/ocis", "internal/progress", "internal/repo/id", "internal/transport", "internal/cloud"}
 
 // testHelpers may be imported by tests, and by these.
 var testHelpers, testHelperUsers = []string{"internal/testfixture"}, []string{"internal/demo", "bench", "internal/testfixture"}
