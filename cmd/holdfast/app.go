@@ -126,7 +126,7 @@ or holdfast thaw; holdfast status tells about it.
 	f.BoolVarP(&a.opt.verbose, "verbose", "v", false, "print more")
 
 	root.AddCommand(
-		a.initCommand(), a.backupCommand(), a.snapshotsCommand(), a.lsCommand(), a.restoreCommand(),
+		a.initCommand(), a.backupCommand(), a.snapshotsCommand(), a.spacesCommand(), a.lsCommand(), a.catCommand(), a.restoreCommand(),
 		a.checkCommand(), a.keyCommand(), a.unlockCommand(), a.discoverCommand(),
 		a.viewsCommand(), a.withViewCommand(), a.overlayVerbCommand(),
 		a.forgetCommand(),

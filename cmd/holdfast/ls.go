@@ -24,66 +24,78 @@ import (
 // lsOptions are the flags of ls.
 type lsOptions struct {
 	long, recursive, noLock bool
+	versions, trash         bool
 }
 
 func (a *app) lsCommand() *cobra.Command {
 	var o lsOptions
 	c := &cobra.Command{
-		Use:   "ls SNAPSHOT[:PATH]",
+		Use:   "ls SNAPSHOT[:SPACE/PATH]",
 		Short: "List what is in a snapshot",
-		Long: `List a folder of a snapshot, one name a line. SNAPSHOT is "latest", "latest~1" for
-the one before it, or the beginning of an id. Users' files lie under
-/storage/users/spaces.
+		Long: `List a folder of a space, one name a line, or with a path that begins with a slash one
+of the snapshot itself.
+
+` + addressHelp + `
+
+--versions lists the older versions of a file, or of the files in a folder. --trash
+lists what was deleted; what it shows as the name is a PATH for --trash of cat, dump
+and restore.
 
 Names that hold control characters or are no UTF-8 are printed in quotation marks
 with escapes; --json gives their bytes.
 
 ` + exitHelp(repoCodes...),
-		Example: `  holdfast ls latest:/storage/users/spaces
-  holdfast ls --long --recursive latest:/storage/users/spaces/personal/einstein`,
-		Args: args(1, 1, "one argument, SNAPSHOT or SNAPSHOT:PATH"),
+		Example: `  holdfast ls --long 'latest:personal/alan/Round 0'
+  holdfast ls --versions 'latest:personal/alan/Round 0/notes.txt'
+  holdfast ls --trash latest:personal/alan
+  holdfast ls latest:/storage/users/spaces`,
+		Args: args(1, 1, "one argument, SNAPSHOT, SNAPSHOT:SPACE/PATH or SNAPSHOT:/PATH"),
 		RunE: a.verb(func(ctx context.Context, args []string) error {
 			return a.withRepository(ctx, repoOptions{}, readLock(o.noLock), func(ctx context.Context, r *repo.Repository) error {
 				return a.ls(ctx, r, args[0], o)
 			})
 		}),
 	}
-	c.Flags().BoolVarP(&o.long, "long", "l", false, "print mode, owner, size and time too")
+	c.Flags().BoolVarP(&o.long, "long", "l", false, "print size, time and number of versions too; of a path in the snapshot\nmode, owner, size and time")
 	c.Flags().BoolVarP(&o.recursive, "recursive", "R", false, "print the full paths of all that is below")
+	c.Flags().BoolVar(&o.versions, "versions", false, "list older versions")
+	c.Flags().BoolVar(&o.trash, "trash", false, "list what is in the trash of the space")
 	noLockFlag(c, &o.noLock)
 	return c
 }
 
 func (a *app) ls(ctx context.Context, r *repo.Repository, arg string, o lsOptions) error {
-	what, p := snapshot.Split(arg)
-	s, err := a.findSnapshot(ctx, r, what)
+	p, err := a.pick(ctx, r, arg, pickFlags{trash: o.trash})
 	if err != nil {
-		return err
-	}
-	if s.Tree == nil {
-		return fmt.Errorf("snapshot %s has no tree", s.ID().Short())
-	}
-	if err := a.loadIndex(ctx, r); err != nil {
-		return err
-	}
-	n, err := snapshot.Lookup(ctx, r, *s.Tree, p)
-	if err != nil {
-		err = fmt.Errorf("snapshot %s: %w", s.ID().Short(), err)
-		if errors.Is(err, snapshot.ErrNoSuchPath) {
-			return ui.WithHints(err, fmt.Sprintf("`holdfast ls %s:%s` lists the folder above.", ui.Quote(what), ui.Quote(path.Dir(p))))
-		}
 		return err
 	}
 	out := bufio.NewWriterSize(a.ui.Writer(), 64<<10)
-	l := &lister{ctx: ctx, repo: r, out: out, o: o, json: a.ui.JSON()}
-	if n.Type == snapshot.Dir {
-		err = l.dir(n.Subtree, p, 0)
+	if p.view != nil {
+		l := &itemLister{ctx: ctx, view: p.view, out: out, o: o, json: a.ui.JSON()}
+		err = l.run(p.item)
+	} else if o.versions {
+		return ui.WithHints(usageError("%s names no space, and only a space has versions", ui.Quote(arg)),
+			"Such an address is SNAPSHOT:SPACE/PATH, e.g. latest:personal/alan/notes.txt.")
 	} else {
-		err = l.node(n, p)
+		l := &lister{ctx: ctx, repo: r, out: out, o: o, json: a.ui.JSON()}
+		if p.node.Type == snapshot.Dir {
+			err = l.dir(p.node.Subtree, p.path, 0)
+		} else {
+			err = l.node(p.node, p.path)
+		}
 	}
 	// What was found before an error is worth showing.
 	if ferr := out.Flush(); err == nil && ferr != nil {
 		err = fmt.Errorf("cannot write the list: %w", ferr)
+	}
+	return err
+}
+
+// noSuchPath says where to look instead.
+func noSuchPath(sn *snapshot.Snapshot, what, p string, err error) error {
+	err = fmt.Errorf("snapshot %s: %w", sn.ID().Short(), err)
+	if errors.Is(err, snapshot.ErrNoSuchPath) {
+		return ui.WithHints(err, fmt.Sprintf("`holdfast ls %s:%s` lists the folder above.", ui.Quote(what), ui.Quote(path.Dir(p))))
 	}
 	return err
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"path"
+	"regexp"
 	"sort"
 	"strings"
 	"time"
@@ -154,7 +155,8 @@ func (e *NotFoundError) Hints() []string {
 }
 
 // Find picks the snapshot that what names: "latest" (the newest of Holdfast's own; of any program
-// if it made none), "latest~N" (the Nth before it), or an id or its unique beginning.
+// if it made none), "latest~N" (the Nth before it), a time (the last one that was there then; see ParseTime),
+// or an id or its unique beginning.
 //
 // Errors: *NotFoundError.
 func Find(list []*Snapshot, what string) (*Snapshot, error) {
@@ -173,6 +175,18 @@ func Find(list []*Snapshot, what string) (*Snapshot, error) {
 			return nil, &NotFoundError{What: what}
 		}
 		return own[len(own)-1-n], nil
+	}
+	if t, ok := ParseTime(what, time.Local); ok {
+		own := Own(list)
+		if len(own) == 0 {
+			own = list
+		}
+		for i := len(own) - 1; i >= 0; i-- {
+			if !own[i].Time.After(t) {
+				return own[i], nil
+			}
+		}
+		return nil, &NotFoundError{What: what}
 	}
 	var found *Snapshot
 	count := 0
@@ -199,8 +213,45 @@ func Own(list []*Snapshot) []*Snapshot {
 	return own
 }
 
-// Split cuts "SNAPSHOT:PATH" at the first colon; path is "/" if there is none.
+// timeForm matches what ParseTime reads, at the beginning of a text. Its colons separate nothing else.
+var timeForm = regexp.MustCompile(`^[0-9]{4}-[0-9]{2}-[0-9]{2}(?:[ T_][0-9]{2}:[0-9]{2}(?::[0-9]{2}(?:\.[0-9]{1,9})?)?(?:Z|[+-][0-9]{2}:[0-9]{2})?)?`)
+
+// ParseTime reads a time as people write it: "2026-11-20 14:00", with seconds and a zone if wanted, with T in
+// the place of the blank. Without a zone it is in loc. A day alone means its end,
+// and a second its end too, because lists show whole seconds.
+func ParseTime(s string, loc *time.Location) (time.Time, bool) {
+	if len(timeForm.FindString(s)) != len(s) || s == "" {
+		return time.Time{}, false
+	}
+	s = strings.NewReplacer(" ", "T", "_", "T").Replace(s)
+	for _, layout := range []string{"2006-01-02T15:04:05Z07:00", "2006-01-02T15:04:05", "2006-01-02T15:04Z07:00", "2006-01-02T15:04"} {
+		t, err := time.ParseInLocation(layout, s, loc) // takes a fraction of seconds with any layout that has them
+		if err != nil {
+			continue
+		}
+		if strings.Contains(layout, ":05") && !strings.Contains(s, ".") {
+			t = t.Add(time.Second - 1)
+		}
+		return t, true
+	}
+	if t, err := time.ParseInLocation(time.DateOnly, s, loc); err == nil {
+		return t.AddDate(0, 0, 1).Add(-1), true
+	}
+	return time.Time{}, false
+}
+
+// SplitAddress cuts "SNAPSHOT:REST" at the colon that ends the snapshot, which may be a time.
+func SplitAddress(arg string) (what, rest string, found bool) {
+	n := len(timeForm.FindString(arg))
+	if n < len(arg) && n > 0 && arg[n] != ':' {
+		n = 0
+	}
+	what, rest, found = strings.Cut(arg[n:], ":")
+	return arg[:n] + what, rest, found
+}
+
+// Split is SplitAddress with a path of the snapshot as the rest; it is "/" if there is none.
 func Split(arg string) (what, p string) {
-	what, p, _ = strings.Cut(arg, ":")
+	what, p, _ = SplitAddress(arg)
 	return what, path.Clean("/" + p)
 }

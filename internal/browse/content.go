@@ -1,0 +1,183 @@
+package browse
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"sort"
+	"sync"
+
+	"github.com/holdfast-backup/holdfast/internal/repo"
+	"github.com/holdfast-backup/holdfast/internal/repo/id"
+	"github.com/holdfast-backup/holdfast/internal/snapshot"
+)
+
+// Content gives the bytes of one file. Each chunk is verified when it is read. It may be used by several
+// goroutines at once.
+type Content struct {
+	repo Repo
+	name string
+	ids  []id.ID
+	ends []int64 // where each chunk ends
+
+	mu   sync.Mutex
+	last []chunk // the last ones read, newest first
+}
+
+type chunk struct {
+	no   int
+	data []byte
+}
+
+// keptChunks is how many chunks a Content keeps: at 8 MiB at most, usually below 4.
+const keptChunks = 3
+
+// OpenContent returns the content of a file node.
+//
+// Errors: a node that is no file; chunks that the repository has not, or that do not add up to its size.
+func OpenContent(r Repo, n *snapshot.Node) (*Content, error) {
+	if n.Type != snapshot.File {
+		return nil, fmt.Errorf("%q is no file but a %s", n.Name, n.Type)
+	}
+	c := &Content{repo: r, name: n.Name, ids: n.Content, ends: make([]int64, len(n.Content))}
+	sum := int64(0)
+	for i, d := range n.Content {
+		size, ok := r.Size(repo.DataBlob, d)
+		if !ok {
+			return nil, fmt.Errorf("%q: blob %s is not in the repository", n.Name, d.Short())
+		}
+		sum += size
+		c.ends[i] = sum
+	}
+	if uint64(sum) != n.Size {
+		return nil, fmt.Errorf("%q: its content has %d bytes, its entry says %d", n.Name, sum, n.Size)
+	}
+	return c, nil
+}
+
+// Content returns that of a file, version or trashed file.
+func (v *View) Content(it *Item) (*Content, error) { return OpenContent(v.repo, it.Node) }
+
+// Size is the length in bytes.
+func (c *Content) Size() int64 {
+	if len(c.ends) == 0 {
+		return 0
+	}
+	return c.ends[len(c.ends)-1]
+}
+
+// chunk loads the chunk no.
+func (c *Content) chunk(ctx context.Context, no int) ([]byte, error) {
+	c.mu.Lock()
+	for i, k := range c.last {
+		if k.no == no {
+			copy(c.last[1:i+1], c.last[:i])
+			c.last[0] = k
+			c.mu.Unlock()
+			return k.data, nil
+		}
+	}
+	c.mu.Unlock()
+	p, err := c.repo.LoadBlob(ctx, repo.DataBlob, c.ids[no], nil)
+	if err != nil {
+		return nil, fmt.Errorf("content of %q: %w", c.name, err)
+	}
+	c.mu.Lock()
+	c.last = append([]chunk{{no, p}}, c.last...)
+	c.last = c.last[:min(len(c.last), keptChunks)]
+	c.mu.Unlock()
+	return p, nil
+}
+
+// start is where the chunk no begins.
+func (c *Content) start(no int) int64 {
+	if no == 0 {
+		return 0
+	}
+	return c.ends[no-1]
+}
+
+// ReadAt reads as io.ReaderAt does.
+func (c *Content) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
+	if off < 0 {
+		return 0, fmt.Errorf("content of %q: negative offset", c.name)
+	}
+	n := 0
+	no := sort.Search(len(c.ends), func(i int) bool { return c.ends[i] > off })
+	for ; n < len(p) && no < len(c.ends); no++ {
+		data, err := c.chunk(ctx, no)
+		if err != nil {
+			return n, err
+		}
+		at := off + int64(n) - c.start(no)
+		n += copy(p[n:], data[at:])
+	}
+	if n < len(p) {
+		return n, io.EOF
+	}
+	return n, nil
+}
+
+// Reader reads from off on.
+func (c *Content) Reader(ctx context.Context, off int64) io.Reader { return &reader{ctx, c, off} }
+
+type reader struct {
+	ctx context.Context
+	c   *Content
+	off int64
+}
+
+func (r *reader) Read(p []byte) (int, error) {
+	if len(p) == 0 {
+		return 0, nil
+	}
+	n, err := r.c.ReadAt(r.ctx, p, r.off)
+	r.off += int64(n)
+	if n > 0 && err == io.EOF {
+		err = nil
+	}
+	return n, err
+}
+
+// ahead is how many chunks are loaded before they are written: so the repository and what takes the
+// content work at the same time, in at most 32 MiB.
+const ahead = 4
+
+// WriteTo writes the whole content to w.
+func (c *Content) WriteTo(ctx context.Context, w io.Writer) error {
+	type loaded struct {
+		p   []byte
+		err error
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	queue := make(chan chan loaded, ahead-1)
+	go func() {
+		defer close(queue)
+		for _, d := range c.ids {
+			ch := make(chan loaded, 1)
+			select {
+			case queue <- ch:
+			case <-ctx.Done():
+				return
+			}
+			go func() {
+				p, err := c.repo.LoadBlob(ctx, repo.DataBlob, d, nil)
+				ch <- loaded{p, err}
+			}()
+		}
+	}()
+	for ch := range queue {
+		l := <-ch
+		if l.err != nil {
+			return fmt.Errorf("content of %q: %w", c.name, l.err)
+		}
+		if _, err := w.Write(l.p); err != nil {
+			return err
+		}
+	}
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	return nil
+}
