@@ -1,10 +1,13 @@
 package capture
 
 import (
+	"bufio"
 	"bytes"
+	"crypto/sha256"
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 
@@ -29,6 +32,8 @@ type cachedSpace struct {
 	print  [32]byte
 	groups map[string]*group // by the path of the first entry
 	result []byte            // encoded spaceResult; nil if it must not be used again
+	// What the scans of the nodes and of the blobs saw: listings; nil if directories must be listed.
+	nodesSeen, blobsSeen []byte
 }
 
 // cachedPlain holds the contents of the files of one data set by path.
@@ -51,7 +56,7 @@ func newCache() *Cache {
 }
 
 // cacheMagic names the format; another number is another format, and then the cache is not used.
-const cacheMagic = "holdfast cache 3\n"
+const cacheMagic = "holdfast cache 4\n"
 
 // LoadCache reads the cache at path. Anything wrong with it gives an empty cache and an error worth
 // a line at the most.
@@ -83,6 +88,7 @@ func LoadCache(path string) (*Cache, error) {
 			s.groups[g.first] = g
 		}
 		s.result = d.bytes()
+		s.nodesSeen, s.blobsSeen = d.bytes(), d.bytes()
 		c.spaces[key] = s
 	}
 	for n := d.count(); n > 0 && !d.bad; n-- {
@@ -107,7 +113,38 @@ func LoadCache(path string) (*Cache, error) {
 
 // Save writes the cache to path, atomically and for the owner alone: it tells names.
 func (c *Cache) Save(path string) error {
+	dir := filepath.Dir(path)
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("write cache: %w", err)
+	}
+	f, err := os.CreateTemp(dir, filepath.Base(path)+".tmp-*")
+	if err != nil {
+		return fmt.Errorf("write cache: %w", err)
+	}
+	defer os.Remove(f.Name())
+	err = c.write(f)
+	if cerr := f.Close(); err == nil {
+		err = cerr
+	}
+	if err == nil {
+		err = os.Rename(f.Name(), path)
+	}
+	if err != nil {
+		return fmt.Errorf("write cache: %w", err)
+	}
+	return nil
+}
+
+// write writes the cache piece by piece: as a whole it would be in memory twice.
+func (c *Cache) write(f io.Writer) error {
+	h := sha256.New()
 	e := encoder{p: []byte(cacheMagic)}
+	w := bufio.NewWriterSize(io.MultiWriter(f, h), 1<<20)
+	// What cannot be written to f shows at the end: bufio keeps the error.
+	put := func() {
+		_, _ = w.Write(e.p)
+		e.p, e.blobs = e.p[:0], e.blobs[:0]
+	}
 	e.id(c.Snapshot)
 	e.count(len(c.spaces))
 	for key, s := range c.spaces {
@@ -117,8 +154,13 @@ func (c *Cache) Save(path string) error {
 		e.count(len(s.groups))
 		for _, g := range s.groups {
 			g.encode(&e)
+			put()
 		}
-		e.bytes(s.result)
+		for _, b := range [][]byte{s.result, s.nodesSeen, s.blobsSeen} {
+			e.count(len(b))
+			put()
+			_, _ = w.Write(b)
+		}
 	}
 	e.count(len(c.plain))
 	for key, pl := range c.plain {
@@ -135,32 +177,15 @@ func (c *Cache) Save(path string) error {
 				e.int(h.len)
 			}
 			e.ids(f.ids)
+			put()
 		}
 	}
-	sum := id.Hash(e.p)
-	e.id(sum)
-	dir := filepath.Dir(path)
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return fmt.Errorf("write cache: %w", err)
+	put()
+	if err := w.Flush(); err != nil {
+		return err
 	}
-	f, err := os.CreateTemp(dir, filepath.Base(path)+".tmp-*")
-	if err != nil {
-		return fmt.Errorf("write cache: %w", err)
-	}
-	defer os.Remove(f.Name())
-	_, err = f.Write(e.p)
-	if err == nil {
-		err = f.Close()
-	} else {
-		_ = f.Close()
-	}
-	if err == nil {
-		err = os.Rename(f.Name(), path)
-	}
-	if err != nil {
-		return fmt.Errorf("write cache: %w", err)
-	}
-	return nil
+	_, err := f.Write(h.Sum(nil))
+	return err
 }
 
 // encoder and decoder are the cache's own little format: variable-length integers and counted bytes.
@@ -236,8 +261,14 @@ func (d *decoder) id() (v id.ID) {
 	copy(v[:], d.take(id.Size))
 	return v
 }
-func (d *decoder) str() string    { return string(d.take(d.count())) }
-func (d *decoder) bytes() []byte  { return bytes.Clone(d.take(d.count())) }
+func (d *decoder) str() string { return string(d.take(d.count())) }
+
+// bytes returns a part of what is decoded, not a copy.
+func (d *decoder) bytes() []byte {
+	b := d.take(d.count())
+	return b[:len(b):len(b)]
+}
+
 func (d *decoder) time() timespec { return timespec{d.int(), d.int()} }
 func (d *decoder) byte() byte {
 	if b := d.take(1); b != nil {

@@ -88,6 +88,8 @@ type Stats struct {
 	Dirs      int64
 	Bytes     int64 // bytes of all files in the snapshot
 	BytesRead int64 // bytes that were read from the source
+	// DirsListed counts the directories of stores that were listed; the others had not changed.
+	DirsListed int64
 }
 
 // capturer is the state of one run.
@@ -104,6 +106,7 @@ type capturer struct {
 	dirs      atomic.Int64
 	bytes     atomic.Int64
 	bytesRead atomic.Int64
+	listed    atomic.Int64
 	// linkGroups numbers the hard-link groups of plain data.
 	linkGroups uint64
 
@@ -161,7 +164,7 @@ func Run(ctx context.Context, r Repository, t Target, o Options) (*Result, error
 		Manifest: m, root: root, c: c, Cache: c.next,
 		Stats: Stats{
 			Entries: c.entries.Load(), Files: c.files.Load(), Dirs: c.dirs.Load(),
-			Bytes: c.bytes.Load(), BytesRead: c.bytesRead.Load(),
+			Bytes: c.bytes.Load(), BytesRead: c.bytesRead.Load(), DirsListed: c.listed.Load(),
 		},
 	}, nil
 }
@@ -283,9 +286,9 @@ func (c *capturer) report(ctx context.Context) (stop func()) {
 	}
 }
 
-// nested returns the function that leaves out, below dir, what belongs to other data sets.
-func (c *capturer) nested(dir string) func(rel string) bool {
-	var below []string
+// nested returns the function that leaves out, below dir, what belongs to other data sets, and the paths
+// of those. The function is nil if there are none.
+func (c *capturer) nested(dir string) (skip func(rel string) bool, below []string) {
 	dir = filepath.Clean(dir)
 	for _, d := range c.opts.Instance.DataSets {
 		if p := filepath.Clean(d.Path); p != dir {
@@ -295,13 +298,13 @@ func (c *capturer) nested(dir string) func(rel string) bool {
 		}
 	}
 	if len(below) == 0 {
-		return nil
+		return nil, nil
 	}
 	sort.Strings(below)
 	return func(rel string) bool {
 		i := sort.SearchStrings(below, rel)
 		return i < len(below) && below[i] == rel
-	}
+	}, below
 }
 
 // judge decides whether the snapshot is complete: all four kinds of data, every blob.

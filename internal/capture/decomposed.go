@@ -23,26 +23,25 @@ func (s *store) findDecomposedSpaces(ctx context.Context) error {
 	d := newDetails(s.root)
 	defer d.close()
 	l := newLister(s.scanner(nil))
-	var first []scanItem
-	if _, err := s.root.stat("spaces"); err != nil {
+	top, err := s.root.stat("spaces")
+	if err != nil {
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil // a store that was never used
 		}
 		return err
 	}
-	l.list("spaces", &first)
+	first, _ := l.read(&top, oldDir{})
 	for i := range first {
-		if dirDepth(first[i].path) != 2 || !s.realDir(&first[i].entry) {
+		if !s.realDir(&first[i].entry) {
 			continue
 		}
 		if err := ctx.Err(); err != nil {
 			return context.Cause(ctx)
 		}
-		var second []scanItem
-		l.list(first[i].path, &second)
+		second, _ := l.read(&first[i].entry, oldDir{})
 		for k := range second {
 			e := &second[k]
-			if dirDepth(e.path) != 3 || !s.realDir(&e.entry) {
+			if !s.realDir(&e.entry) {
 				continue
 			}
 			sp := &space{id: strings.ReplaceAll(strings.TrimPrefix(e.path, "spaces/"), "/", ""), rel: e.path}
@@ -74,8 +73,6 @@ func (s *store) realDir(e *entry) bool {
 }
 
 var errLinkedDir = errors.New("a symbolic link stands where the store has a folder, and it is not followed: put the folder in its place, by a bind mount for instance")
-
-func dirDepth(rel string) int { return 1 + strings.Count(rel, "/") }
 
 // parseNode reads metadata and tolerates single values that make no sense.
 func parseNode(prefix string, p []byte) (ocis.NodeMeta, error) {
@@ -157,8 +154,14 @@ func (s *store) decomposedSpace(ctx context.Context, sp *space) (*snapshotPart, 
 	gr := s.c.newGrouper(ctx, s.root, d.old.groups, func() (handler, error) { return &nodeHandler{d: d}, nil })
 	gr.refsOf = func(entries []entry) ([32]byte, error) { return hashRefs(entries, (&nodeHandler{d: d}).ref), nil }
 	after := false
+	quick := !s.c.opts.FullScan && s.localTimes
 	sc := s.scanner(func(rel string) bool { return rel == blobsDir })
 	sc.unreadable = d.unreadable
+	sc.record = s.c.newListingWriter()
+	if quick {
+		sc.old, sc.trust = readListing(d.old.nodesSeen, s.rules), d.trustEntry
+	}
+	nodesSeen := sc.record
 	err := sc.walk(ctx, sp.rel, func(e *entry) error {
 		if !after && comparePaths(e.path, blobsDir) > 0 {
 			gr.cut() // no group reaches over the place where the blobs come
@@ -189,9 +192,14 @@ func (s *store) decomposedSpace(ctx context.Context, sp *space) (*snapshotPart, 
 		}
 	}
 	var blobGroups []*group
+	blobsSeen := s.c.newListingWriter()
 	if _, err := s.root.stat(blobsDir); err == nil {
 		sc := s.scanner(nil)
 		sc.unreadable = d.unreadable
+		sc.record = blobsSeen
+		if quick {
+			sc.old, sc.trust = readListing(d.old.blobsSeen, s.rules), d.trustEntry
+		}
 		err := sc.walk(ctx, blobsDir, func(e *entry) error {
 			d.countBlob(e)
 			return br.add(e)
@@ -206,6 +214,11 @@ func (s *store) decomposedSpace(ctx context.Context, sp *space) (*snapshotPart, 
 	groups := append(append([]*group{}, d.nodeGroups...), blobGroups...)
 	sort.Slice(groups, func(i, j int) bool { return comparePaths(groups[i].first, groups[j].first) < 0 })
 	sum := printOf(groups, sp.folder)
+	cs := &cachedSpace{folder: sp.folder, print: sum}
+	if !d.lossy && s.localTimes {
+		cs.nodesSeen = keep(d.old.nodesSeen, nodesSeen.finish(s.rules))
+		cs.blobsSeen = keep(d.old.blobsSeen, blobsSeen.finish(s.rules))
+	}
 	if sameNodes {
 		for _, g := range blobGroups { // their refs are those of last time, since the nodes are
 			if g.reused {
@@ -214,7 +227,8 @@ func (s *store) decomposedSpace(ctx context.Context, sp *space) (*snapshotPart, 
 		}
 		if !br.fresh && sum == d.old.print && len(d.old.result) > 0 && len(groups) == len(d.old.groups) {
 			if part, err := decodePart(d.old.result); err == nil && s.c.hasTrees(part.trees) {
-				s.remember(sp.id, &cachedSpace{folder: sp.folder, print: sum, result: d.old.result}, groups)
+				cs.result = d.old.result
+				s.remember(sp.id, cs, groups)
 				return part, nil
 			}
 		}
@@ -229,12 +243,18 @@ func (s *store) decomposedSpace(ctx context.Context, sp *space) (*snapshotPart, 
 	if part.tar, err = s.finishTar(ctx, groups); err != nil {
 		return nil, err
 	}
-	cs := &cachedSpace{folder: sp.folder, print: sum}
 	if part.perfect {
 		cs.result = encodePart(part)
 	}
 	s.remember(sp.id, cs, groups)
 	return part, nil
+}
+
+// trustEntry vouches for what has nothing that could be changed in place: links, and the server's lock
+// files. Everything else is looked at, so that a file that was cut short or written over is seen, too,
+// though no server does that.
+func (d *decomposed) trustEntry(e *entry) bool {
+	return e.isSymlink() || e.size == 0 && strings.HasSuffix(e.path, ".mlock")
 }
 
 func (d *decomposed) unreadable(rel string, err error) {

@@ -164,7 +164,7 @@ func (gr *grouper) add(e *entry) error {
 		gr.cut()
 	}
 	if gr.cur == nil {
-		gr.cur = &group{first: e.path}
+		gr.cur = &group{first: e.path, entries: takeEntries()}
 	}
 	e.hardlink = gr.links.see(e)
 	gr.cur.entries = append(gr.cur.entries, *e)
@@ -206,6 +206,10 @@ func (gr *grouper) work(g *group) error {
 	if gr.ctx.Err() != nil {
 		return context.Cause(gr.ctx)
 	}
+	defer func() {
+		giveEntries(g.entries)
+		g.entries = nil
+	}()
 	gr.c.entries.Add(int64(len(g.entries)))
 	g.print = fingerprint(g.entries)
 	old := gr.cached[g.first]
@@ -220,7 +224,6 @@ func (gr *grouper) work(g *group) error {
 	}
 	if same {
 		g.ids, g.size, g.recs, g.needs, g.reused = old.ids, old.size, old.recs, old.needs, true
-		g.entries = nil
 		return nil
 	}
 	gr.mu.Lock()
@@ -247,8 +250,25 @@ func (gr *grouper) work(g *group) error {
 		g.print = [32]byte{} // what could not be read this time may be readable the next
 	}
 	g.ids, g.size, g.recs, g.needs = w.st.ids, w.st.size, w.rec.p, w.rec.blobs
-	g.entries = nil
 	return nil
+}
+
+// entryPool holds the entries of groups that are done: a few groups are under way at a time.
+var entryPool sync.Pool
+
+func takeEntries() []entry {
+	if p, ok := entryPool.Get().(*[]entry); ok {
+		return *p
+	}
+	return make([]entry, 0, groupSoft)
+}
+
+func giveEntries(e []entry) {
+	if cap(e) > 0 {
+		clear(e) // the paths
+		e = e[:0]
+		entryPool.Put(&e)
+	}
 }
 
 // tarWorker turns entries into tar bytes.

@@ -93,6 +93,36 @@ func TestEachChangeIsSeen(t *testing.T) {
 		{"new orphan", func(s *tinyStore) {
 			s.put(s.space("blobs/"+ocis.NodePath("99999999-aaaa-4bbb-8ccc-000000000009")), "o")
 		}},
+		{"child link removed", func(s *tinyStore) { s.check(os.Remove(filepath.Join(s.nodePath(folderID), "file.txt"))) }},
+		{"child link to another node", func(s *tinyStore) {
+			p := filepath.Join(s.nodePath(folderID), "file.txt")
+			s.check(os.Remove(p))
+			s.check(os.Symlink("../../../../../"+ocis.NodePath(folderID), p))
+		}},
+		{"mode of a shard", func(s *tinyStore) { s.check(os.Chmod(filepath.Dir(s.nodePath(fileID)), 0o711)) }},
+		{"shard replaced", func(s *tinyStore) {
+			p := filepath.Dir(filepath.Dir(s.nodePath(fileID)))
+			s.check(os.Rename(p, p+".old"))
+			s.check(os.Mkdir(p, 0o700))
+		}},
+		{"shard replaced by a link", func(s *tinyStore) {
+			p := filepath.Dir(filepath.Dir(blob(s)))
+			s.check(os.Rename(p, s.path("elsewhere")))
+			s.check(os.Symlink(s.path("elsewhere"), p))
+		}},
+		{"trashed", func(s *tinyStore) {
+			p, key := s.nodePath(fileID), ".T.2026-01-02T03:04:05.000000006Z"
+			s.check(os.Rename(p, p+key))
+			s.check(os.Rename(p+".mpk", p+key+".mpk"))
+			s.check(os.Remove(filepath.Join(s.nodePath(folderID), "file.txt")))
+			link := s.space("trash/" + ocis.NodePath(fileID))
+			s.check(os.MkdirAll(filepath.Dir(link), 0o700))
+			s.check(os.Symlink("../../../../../nodes/"+ocis.NodePath(fileID)+key, link))
+		}},
+		{"lock with content", func(s *tinyStore) { s.put(s.nodePath(fileID)+".lock", "{}") }},
+		{"new shard", func(s *tinyStore) {
+			s.node("77777777-aaaa-4bbb-8ccc-000000000007", false, "user.oc.type", "1", "user.oc.name", "lost")
+		}},
 		{"blob gone", func(s *tinyStore) { s.check(os.Remove(blob(s))) }},
 		{"blob grown", func(s *tinyStore) { s.put(blob(s), "hello world\n!") }},
 		{"system file, same size and time", func(s *tinyStore) {
@@ -121,6 +151,37 @@ func TestEachChangeIsSeen(t *testing.T) {
 				t.Error("the incremental capture gives another tree than the full one")
 			}
 		})
+	}
+}
+
+// TestUnchangedDirectoriesAreNotListed: a second scan lists the top directories and what has changed.
+func TestUnchangedDirectoriesAreNotListed(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "gen")
+	if _, err := storegen.Generate(t.Context(), storegen.Options{Dir: dir, Seed: 6, Files: 400, Bytes: 1 << 20, Spaces: 4}); err != nil {
+		t.Fatal(err)
+	}
+	inst := instanceOf(dir, "opencloud-posix")
+	r, _ := newRepo(t)
+	first, _, _ := run(t, r, inst, capture.Options{Now: future})
+	again, _, _ := run(t, r, inst, capture.Options{Cache: first.Cache, Now: future})
+	// What belongs to no space is listed each time, and so is the top of each space.
+	if a, b := first.Stats.DirsListed, again.Stats.DirsListed; b > a/10 {
+		t.Errorf("%d directories were listed, %d the first time", b, a)
+	}
+	if again.Stats.Entries != first.Stats.Entries {
+		t.Errorf("%d entries, %d the first time", again.Stats.Entries, first.Stats.Entries)
+	}
+	full, _, _ := run(t, r, inst, capture.Options{Cache: again.Cache, FullScan: true, Now: future})
+	if full.Stats.DirsListed != first.Stats.DirsListed {
+		t.Errorf("a full scan listed %d directories, not %d", full.Stats.DirsListed, first.Stats.DirsListed)
+	}
+	just, _, _ := run(t, r, inst, capture.Options{Cache: first.Cache})
+	last, _, _ := run(t, r, inst, capture.Options{Cache: just.Cache, Now: future})
+	if just.Stats.DirsListed > first.Stats.DirsListed/10 {
+		t.Errorf("%d directories were listed although nothing had changed", just.Stats.DirsListed)
+	}
+	if last.Stats.DirsListed > first.Stats.DirsListed/10 {
+		t.Errorf("%d directories were listed after a scan that used what was known", last.Stats.DirsListed)
 	}
 }
 

@@ -101,8 +101,9 @@ func (c *capturer) plainSet(ctx context.Context, d *ocis.DataSet, name string) (
 	var stack []*plainDir
 	var all []*plainDir
 	lost := map[*snapshot.Node]bool{}
+	skip, _ := c.nested(d.Path)
 	sc := &scanner{
-		r: r, workers: 2, skip: c.nested(d.Path),
+		r: r, workers: 2, skip: skip,
 		unreadable: func(rel string, err error) { c.unreadable(r.abs(rel), err) },
 	}
 	err = sc.walk(gctx, "", func(e *entry) error {

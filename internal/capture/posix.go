@@ -36,15 +36,14 @@ func (s *store) findPosixSpaces(ctx context.Context) error {
 		if err := ctx.Err(); err != nil {
 			return context.Cause(ctx)
 		}
-		var items []scanItem
-		l.list(rel, &items)
+		items, _ := l.read(&entry{path: rel}, oldDir{})
 		for i := range items {
 			e := &items[i]
-			if dir := path.Dir(e.path); e.isSymlink() && (dir == "users" || dir == "projects" || e.path == "users" || e.path == "projects") && dir == path.Clean(rel) {
+			if dir := path.Dir(e.path); e.isSymlink() && (dir == "users" || dir == "projects" || e.path == "users" || e.path == "projects") {
 				s.c.unreadable(s.root.abs(e.path), errLinkedDir)
 			}
-			if !e.isDir() || path.Dir(e.path) != path.Clean(rel) {
-				continue // list goes further down by itself where there is little
+			if !e.isDir() {
+				continue
 			}
 			if rel == "" && (e.path == "indexes" || e.path == "uploads" || e.path == "changes") {
 				continue

@@ -9,6 +9,7 @@ import (
 	"sort"
 	"strings"
 	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 )
@@ -22,6 +23,15 @@ type scanner struct {
 	// unreadable is told of directories and entries that cannot be read; the scan goes on.
 	unreadable func(rel string, err error)
 	workers    int
+	// old is what an earlier scan saw; nil: nothing is known. A directory whose times are the same is not
+	// listed again, and of its entries only those are looked at that trust does not vouch for.
+	old *listing
+	// trust reports whether an entry in an unchanged directory cannot have changed by itself.
+	trust func(e *entry) bool
+	// listed counts the directories that were listed; nil: they are not counted.
+	listed *atomic.Int64
+	// record takes down what this scan sees; nil: nothing.
+	record *listingWriter
 }
 
 // scanAhead bounds the entries that are listed but not consumed: about 300 bytes each, 20 MB.
@@ -37,7 +47,9 @@ const inlineMost = 4096
 // scanJob lists one directory.
 type scanJob struct {
 	rel   string
-	state int8 // 0 waiting, 1 being listed, 2 listed
+	dir   entry  // the directory itself
+	old   oldDir // what is known of it
+	state int8   // 0 waiting, 1 being listed, 2 listed
 	items []scanItem
 	size  int // entries below items
 	done  chan struct{}
@@ -61,6 +73,13 @@ type scanState struct {
 
 // walk calls fn for rel itself and for each entry below it, in order.
 func (sc *scanner) walk(ctx context.Context, rel string, fn func(*entry) error) error {
+	if w := sc.record; w != nil {
+		see := fn
+		fn = func(e *entry) error {
+			w.add(e)
+			return see(e)
+		}
+	}
 	e, err := sc.r.stat(rel)
 	if err != nil {
 		return err
@@ -78,7 +97,11 @@ func (sc *scanner) walk(ctx context.Context, rel string, fn func(*entry) error) 
 	}
 	stopWatch := context.AfterFunc(ctx, s.stop)
 	defer stopWatch()
-	first := &scanJob{rel: rel, done: make(chan struct{})}
+	first := &scanJob{rel: rel, dir: e, done: make(chan struct{})}
+	if sc.old != nil {
+		// The top is listed in any case; what is below it may be known.
+		first.old = oldDir{known: true, kids: sc.old.kids}
+	}
 	return s.consume(first, fn)
 }
 
@@ -115,7 +138,7 @@ func (s *scanState) work() {
 
 // list fills j and queues what is below it.
 func (s *scanState) list(l *lister, j *scanJob) {
-	l.list(j.rel, &j.items)
+	l.list(&j.dir, j.old, &j.items)
 	s.mu.Lock()
 	j.state = 2
 	j.size = len(j.items)
@@ -172,23 +195,121 @@ type lister struct {
 
 func newLister(sc *scanner) *lister { return &lister{sc: sc, buf: make([]byte, 32<<10)} }
 
-// list appends the entries of the directory rel, in order.
-func (l *lister) list(rel string, out *[]scanItem) {
+// list appends the entries of the directory dir, in order; old is what is known of it.
+func (l *lister) list(dir *entry, old oldDir, out *[]scanItem) {
+	found, known, ok := l.unchanged(dir, old)
+	if !ok {
+		found, known = l.read(dir, old)
+	}
+	if len(found) > inlineEntries || len(*out) > inlineMost {
+		for i := range found {
+			if found[i].isDir() {
+				found[i].job = &scanJob{rel: found[i].path, dir: found[i].entry, done: make(chan struct{})}
+				if known != nil {
+					found[i].job.old = known[i]
+				}
+			}
+		}
+		*out = append(*out, found...)
+		return
+	}
+	for i := range found {
+		*out = append(*out, found[i])
+		if found[i].isDir() {
+			var o oldDir
+			if known != nil {
+				o = known[i]
+			}
+			l.list(&found[i].entry, o, out)
+		}
+	}
+}
+
+// unchanged returns the entries of a directory that is as it was, without listing it. Subdirectories are
+// looked at, and so is what may have changed in place. It gives up (false) where anything is not as
+// expected.
+func (l *lister) unchanged(dir *entry, old oldDir) (found []scanItem, known []oldDir, ok bool) {
+	if !old.same(dir) {
+		return nil, nil, false
+	}
+	prefix := below(dir.path)
+	var look []int
+	ok = l.sc.old.each(old.kids, func(o *oldEntry) bool {
+		o.entry.path = join(prefix, o.entry.path)
+		dir := oldDir{}
+		if o.isDir() {
+			dir = o.dir()
+		}
+		if o.isDir() || o.flags&listedKind == listedOther || o.flags&listedUnsure != 0 || !l.sc.trust(&o.entry) {
+			look = append(look, len(found))
+		}
+		found, known = append(found, scanItem{entry: o.entry}), append(known, dir)
+		return true
+	})
+	if !ok {
+		return nil, nil, false
+	}
+	// A path from the root costs less than opening the directory for one or two. The path leads through
+	// directories that were just found to be what they were.
+	fd, at := l.sc.r.fd, 0
+	if len(look) > 2 {
+		var err error
+		if fd, err = l.sc.r.open(dir.path, unix.O_PATH|unix.O_DIRECTORY); err != nil {
+			return nil, nil, false
+		}
+		defer unix.Close(fd)
+		at = len(prefix)
+	}
+	var st unix.Stat_t
+	for _, i := range look {
+		e := &found[i].entry
+		if err := unix.Fstatat(fd, e.path[at:], &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+			return nil, nil, false
+		}
+		e.fill(&st)
+		if e.isDir() != known[i].known {
+			return nil, nil, false
+		}
+	}
+	return found, known, true
+}
+
+// below is what stands before the names in the directory rel.
+func below(rel string) string {
+	if rel == "" {
+		return ""
+	}
+	return rel + "/"
+}
+
+// join makes a path of a prefix and a name whose bytes do not last.
+func join(prefix, name string) string {
+	if prefix == "" {
+		return strings.Clone(name)
+	}
+	return prefix + name
+}
+
+// read lists a directory. Where something is known of its subdirectories it is returned as well.
+func (l *lister) read(dir *entry, old oldDir) (found []scanItem, known []oldDir) {
+	rel := dir.path
 	fd, err := l.sc.r.open(rel, unix.O_RDONLY|unix.O_DIRECTORY)
 	if err != nil {
 		l.sc.unreadable(rel, err)
-		return
+		return nil, nil
+	}
+	// Closed before going down: a chain of a thousand directories must not hold as many descriptors.
+	defer unix.Close(fd)
+	if l.sc.listed != nil {
+		l.sc.listed.Add(1)
 	}
 	names, err := l.readNames(fd)
 	if err != nil {
 		l.sc.unreadable(rel, &fs.PathError{Op: "read directory", Path: l.sc.r.abs(rel), Err: err})
 	}
 	sort.Strings(names)
-	prefix := rel
-	if prefix != "" {
-		prefix += "/"
-	}
-	found := make([]scanItem, 0, len(names))
+	prefix := below(rel)
+	found = make([]scanItem, 0, len(names))
 	var st unix.Stat_t
 	for _, name := range names {
 		p := prefix + name
@@ -204,23 +325,21 @@ func (l *lister) list(rel string, out *[]scanItem) {
 		found = append(found, scanItem{entry: entry{path: p}})
 		found[len(found)-1].fill(&st)
 	}
-	// Closed before going down: a chain of a thousand directories must not hold as many descriptors.
-	_ = unix.Close(fd)
-	if len(found) > inlineEntries || len(*out) > inlineMost {
-		for i := range found {
-			if found[i].isDir() {
-				found[i].job = &scanJob{rel: found[i].path, done: make(chan struct{})}
-			}
-		}
-		*out = append(*out, found...)
-		return
+	if !old.known {
+		return found, nil
 	}
-	for i := range found {
-		*out = append(*out, found[i])
-		if found[i].isDir() {
-			l.list(found[i].path, out)
+	known = make([]oldDir, len(found))
+	i := 0
+	l.sc.old.each(old.kids, func(o *oldEntry) bool { // both are in order
+		for i < len(found) && found[i].path[len(prefix):] < o.entry.path {
+			i++
 		}
-	}
+		if i < len(found) && found[i].isDir() && o.isDir() && found[i].path[len(prefix):] == o.entry.path {
+			known[i] = o.dir()
+		}
+		return i < len(found)
+	})
+	return found, known
 }
 
 // readNames returns the names in the directory fd; the slice is valid until the next call.

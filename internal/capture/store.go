@@ -20,12 +20,15 @@ import (
 
 // store captures one storage root. What differs between the layouts is in decomposed.go and posix.go.
 type store struct {
-	c      *capturer
-	s      *ocis.Store
-	root   *root
-	skip   func(rel string) bool // other data sets below the root
-	base   string                // /storage/<name> in the snapshot
-	spaces []*space
+	c     *capturer
+	s     *ocis.Store
+	root  *root
+	skip  func(rel string) bool // other data sets below the root
+	rules uint64                // what skip leaves out, as a number
+	// localTimes: what a directory's times say can be believed.
+	localTimes bool
+	base       string // /storage/<name> in the snapshot
+	spaces     []*space
 
 	// What the manifest says of the store: entries and bytes of metadata and of blobs.
 	metaEntries, metaBytes, blobEntries, blobBytes atomic.Int64
@@ -70,8 +73,9 @@ func (c *capturer) newStore(s *ocis.Store) (*store, error) {
 	if err != nil {
 		return nil, err
 	}
+	skip, below := c.nested(s.Root)
 	return &store{
-		c: c, s: s, root: r, skip: c.nested(s.Root), base: "/storage/" + s.Name,
+		c: c, s: s, root: r, skip: skip, rules: scanRules(below), localTimes: localTimes(r), base: "/storage/" + s.Name,
 		uploads: map[string]int64{}, ids: map[string]*snapshotPart{},
 	}, nil
 }
@@ -207,7 +211,7 @@ func (s *store) remember(spaceID string, cs *cachedSpace, groups []*group) {
 func (s *store) scanner(skip func(rel string) bool) *scanner {
 	nested := s.skip
 	return &scanner{
-		r: s.root, workers: 2,
+		r: s.root, workers: 2, listed: &s.c.listed,
 		skip: func(rel string) bool {
 			return nested != nil && nested(rel) || skip != nil && skip(rel)
 		},
