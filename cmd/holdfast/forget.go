@@ -28,7 +28,8 @@ type forgetFlags struct {
 	filter             filterFlags
 	otherPrograms      bool
 	removeLastComplete bool
-	dryRun             bool
+	dryRun, prune      bool
+	pruning            pruneFlags
 }
 
 func (a *app) forgetCommand() *cobra.Command {
@@ -37,7 +38,7 @@ func (a *app) forgetCommand() *cobra.Command {
 		Use:   "forget [SNAPSHOT...]",
 		Short: "Remove snapshots that are not needed any more",
 		Long: `Remove the snapshots that are named, or those that no rule keeps. What they alone
-need stays in the repository until holdfast prune.
+need stays in the repository until holdfast prune, or goes at once with --prune.
 
 The rules are restic's. Each is applied to every instance on its own: to the snapshots
 of one host and the same paths. A snapshot stays if any rule keeps it: --keep-daily 7
@@ -50,7 +51,8 @@ incomplete does not count. Snapshots from the future stay, and do not take the p
 others. Snapshots of other programs are left alone, unless they are named.
 
 ` + exitHelp(repoCodes...),
-		Example: `  holdfast forget --keep-daily 7 --keep-weekly 5 --keep-monthly 12 --dry-run
+		Example: `  holdfast forget --keep-last 2 --prune
+  holdfast forget --keep-daily 7 --keep-weekly 5 --keep-monthly 12 --dry-run
   holdfast forget 2823f516`,
 		Args: args(0, 10000, "ids of snapshots"),
 		RunE: a.verb(func(ctx context.Context, args []string) error { return a.forgetSnapshots(ctx, &f, args) }),
@@ -89,6 +91,8 @@ others. Snapshots of other programs are left alone, unless they are named.
 	fs.BoolVar(&f.otherPrograms, "other-programs", false, "judge the snapshots of other programs, too")
 	fs.BoolVar(&f.removeLastComplete, "remove-last-complete", false, "remove even the last complete snapshot of an instance")
 	fs.BoolVarP(&f.dryRun, "dry-run", "n", false, "show what would go, and remove nothing")
+	fs.BoolVar(&f.prune, "prune", false, "then give back the space, as holdfast prune does")
+	f.pruning.add(fs)
 	return c
 }
 
@@ -151,11 +155,11 @@ func (a *app) forgetSnapshots(ctx context.Context, f *forgetFlags, names []strin
 		return ui.WithHints(usageError("nothing says what to keep, and forget does not remove everything"),
 			"Name snapshots, or rules such as --keep-daily 7.")
 	}
-	mode := lockExclusive
-	if f.dryRun {
-		mode = lockShared
+	pruning, err := f.pruning.options()
+	if err != nil {
+		return err
 	}
-	return a.withRepository(ctx, repoOptions{}, mode, func(ctx context.Context, r *repo.Repository) error {
+	return a.withRepository(ctx, f.pruning.repo(), writeLock(f.dryRun), func(ctx context.Context, r *repo.Repository) error {
 		list, listErr := snapshot.List(ctx, r)
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
@@ -185,7 +189,14 @@ func (a *app) forgetSnapshots(ctx context.Context, f *forgetFlags, names []strin
 				return explainForget(fmt.Errorf("removed %d of %s: %w", removed, ui.Count(int64(len(plan.Remove)), "snapshot"), err))
 			}
 		}
-		a.forgotten(plan, len(list), removed, f.dryRun)
+		// Also if nothing was removed now: an earlier run may have been stopped before its prune.
+		var pruned *repo.PruneStats
+		if f.prune {
+			if pruned, err = a.pruneRepository(ctx, r, pruning, plan.Remove, f.dryRun); err != nil {
+				return fmt.Errorf("removed %s, but not what they alone need: %w", ui.Count(int64(removed), "snapshot"), err)
+			}
+		}
+		a.forgotten(plan, removed, f.dryRun, pruned)
 		return nil
 	})
 }
@@ -209,7 +220,7 @@ func explainForget(err error) error {
 			"A snapshot that is incomplete does not count. `holdfast snapshots` tells which are complete.",
 			"--remove-last-complete removes it all the same; then nothing complete is left of that instance here.")
 	case errors.Is(err, repo.ErrNoRemoval):
-		return ui.WithHints(err, "A repository that only takes new data (append-only) must be cleaned up where it lies, by somebody who may remove there.")
+		return ui.WithHints(err, appendOnlyHint)
 	}
 	return err
 }
@@ -353,9 +364,11 @@ type forgetSummary struct {
 	Kept    int    `json:"kept"`
 	Removed int    `json:"removed"`
 	Others  int    `json:"others"`
+	// Prune is there with --prune.
+	Prune *repo.PruneStats `json:"prune,omitempty"`
 }
 
-func (a *app) forgotten(plan *maintain.ForgetPlan, all, removed int, dryRun bool) {
+func (a *app) forgotten(plan *maintain.ForgetPlan, removed int, dryRun bool, pruned *repo.PruneStats) {
 	if dryRun {
 		removed = len(plan.Remove)
 	}
@@ -369,7 +382,7 @@ func (a *app) forgotten(plan *maintain.ForgetPlan, all, removed int, dryRun bool
 	}
 	switch {
 	case a.ui.JSON():
-		a.ui.Object(forgetSummary{"summary", "forget", dryRun, kept, removed, plan.Others})
+		a.ui.Object(forgetSummary{"summary", "forget", dryRun, kept, removed, plan.Others, pruned})
 	case !a.ui.Quiet():
 		what := "removed"
 		if dryRun {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -98,6 +99,8 @@ type Lock struct {
 	once sync.Once
 	err  error
 
+	renew sync.Mutex // held while the lock file is replaced
+
 	mu   sync.Mutex
 	id   ID        // guarded by mu: the present lock file
 	last time.Time // guarded by mu: when it was made
@@ -116,6 +119,9 @@ func (r *Repository) Lock(ctx context.Context, o LockOptions) (*Lock, context.Co
 		l, err := r.tryLock(ctx, o.Exclusive)
 		if err == nil {
 			lctx := l.run(ctx)
+			if o.Exclusive {
+				r.exclusive.Store(l)
+			}
 			return l, lctx, nil
 		}
 		var le *LockedError
@@ -229,14 +235,15 @@ func (l *Lock) refresh(ctx context.Context) {
 	for l.r.clock.sleep(ctx, wait) == nil {
 		// A hanging backend must not keep us from trying again.
 		sctx, cancel := context.WithTimeout(ctx, lockRefresh)
+		l.renew.Lock()
 		err := l.save(sctx)
 		cancel()
-		if err != nil {
-			wait = lockRetry
-			continue
+		wait = lockRetry
+		if err == nil {
+			wait = lockRefresh
+			l.removeOld(ctx)
 		}
-		wait = lockRefresh
-		l.removeOld(ctx)
+		l.renew.Unlock()
 	}
 }
 
@@ -258,6 +265,7 @@ func (l *Lock) watch(ctx context.Context) {
 // given to Lock is done. Further calls return the same.
 func (l *Lock) Unlock() error {
 	l.once.Do(func() {
+		l.r.exclusive.CompareAndSwap(l, nil)
 		l.cancel(context.Canceled)
 		l.done.Wait()
 		ctx := context.Background()
@@ -267,6 +275,43 @@ func (l *Lock) Unlock() error {
 		signal.Stop(l.hup)
 	})
 	return l.err
+}
+
+// ErrNotExclusive is returned by work that must be alone in the repository and is not.
+var ErrNotExclusive = errors.New("the repository is not locked exclusively")
+
+// confirmExclusive makes sure, before something is removed, that nobody else can be at work: our exclusive
+// lock is still there, and no other one. "unlock --all" may have made it otherwise.
+func (r *Repository) confirmExclusive(ctx context.Context) error {
+	l := r.exclusive.Load()
+	if l == nil {
+		return ErrNotExclusive
+	}
+	if err := ctx.Err(); err != nil {
+		return context.Cause(ctx)
+	}
+	l.renew.Lock()
+	defer l.renew.Unlock()
+	list, err := r.Locks(ctx)
+	if err != nil {
+		return err
+	}
+	l.mu.Lock()
+	own := append([]ID{l.id}, l.old...)
+	l.mu.Unlock()
+	held := false
+	for _, i := range list {
+		switch {
+		case i.ID == own[0]:
+			held = true
+		case !slices.Contains(own, i.ID):
+			return &LockedError{Exclusive: true, Holder: i, Location: r.be.Location()}
+		}
+	}
+	if !held {
+		return fmt.Errorf("%w any more: somebody removed our lock %s", ErrNotExclusive, own[0].Short())
+	}
+	return nil
 }
 
 // conflict returns a *LockedError if a lock other than own excludes ours.

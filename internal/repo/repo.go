@@ -17,6 +17,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/holdfast-backup/holdfast/internal/backend"
@@ -91,7 +92,10 @@ type Repository struct {
 
 	pending      []pendingPack // guarded by mu: see saveIndex
 	pendingBlobs int           // guarded by mu
+	indexDoubt   bool          // guarded by mu: storing an index file failed, and it may be there or come yet
 	indexSem     chan struct{} // held while index files are written
+
+	exclusive atomic.Pointer[Lock] // ours, while it is held
 
 	// When to write an index file in the middle of a backup.
 	indexBlobs int

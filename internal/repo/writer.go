@@ -107,6 +107,11 @@ func (w *Writer) failed() error {
 // durable only after Flush. isNew is true for one of several callers with the same content.
 // Empty blobs do not exist in the format: that is an error.
 func (w *Writer) Save(ctx context.Context, t BlobType, data []byte) (blob ID, isNew bool, err error) {
+	return w.save(ctx, t, data, false)
+}
+
+// save stores a blob. With again it does so although the blob is there, because that copy is to go.
+func (w *Writer) save(ctx context.Context, t BlobType, data []byte, again bool) (blob ID, isNew bool, err error) {
 	switch {
 	case t > TreeBlob:
 		return ID{}, false, fmt.Errorf("save a blob: unknown type %d", t)
@@ -119,14 +124,14 @@ func (w *Writer) Save(ctx context.Context, t BlobType, data []byte) (blob ID, is
 		return ID{}, false, fmt.Errorf("save a %v blob: %w", t, context.Cause(ctx))
 	}
 	blob = id.Hash(data)
-	if w.r.Has(t, blob) {
+	if !again && w.r.Has(t, blob) {
 		return blob, false, w.failed()
 	}
 	key := blobKey{t, blob}
 	w.mu.Lock()
 	_, known := w.inFlight[key]
 	// Once more: its pack may have moved from inFlight to the index since the first look.
-	known = known || w.r.Has(t, blob)
+	known = known || !again && w.r.Has(t, blob)
 	err = w.err
 	if !known && err == nil {
 		w.inFlight[key] = struct{}{}
@@ -288,6 +293,19 @@ func (w *Writer) Flush(ctx context.Context) error {
 	return nil
 }
 
+// wait returns when no upload is under way any more; their errors are kept in w.
+func (w *Writer) wait() {
+	for {
+		w.mu.Lock()
+		left, changed := w.uploads, w.changed
+		w.mu.Unlock()
+		if left == 0 {
+			return
+		}
+		<-changed
+	}
+}
+
 func (w *Writer) flushError(err error) error {
 	// The first failure explains more than a wait that was cut short because of it.
 	if first := w.failed(); first != nil && !errors.Is(err, first) {
@@ -349,6 +367,9 @@ func (r *Repository) saveIndex(ctx context.Context, all bool) error {
 		}
 		text = append(text, index.Footer...)
 		if _, err := r.SaveUnpacked(ctx, backend.IndexFile, text); err != nil {
+			r.mu.Lock()
+			r.indexDoubt = true
+			r.mu.Unlock()
 			return fmt.Errorf("store an index file at %s: %w", r.be.Location(), err)
 		}
 		r.mu.Lock()

@@ -94,6 +94,12 @@ func (x *Index) Pack(p id.ID) (no uint32, isNew bool) {
 	return no, !ok
 }
 
+// HasPack reports whether there are entries of a pack.
+func (x *Index) HasPack(p id.ID) bool {
+	_, ok := x.packNo[p]
+	return ok
+}
+
 // PackID is the reverse of Pack.
 func (x *Index) PackID(no uint32) id.ID { return x.packs[no] }
 
@@ -156,6 +162,37 @@ func (x *Index) First(bt pack.BlobType, d id.ID) (Location, bool) {
 		}
 	}
 	return Location{}, false
+}
+
+// Find returns the number of a blob's first entry. Entries of one type are numbered from 0 to Len-1 in the
+// order in which they were added, and keep their numbers.
+func (x *Index) Find(bt pack.BlobType, d id.ID) (no uint32, ok bool) {
+	for no := range x.Numbers(bt, d) {
+		return no, true
+	}
+	return 0, false
+}
+
+// Numbers yields the numbers of all entries of a blob, in ascending order.
+func (x *Index) Numbers(bt pack.BlobType, d id.ID) iter.Seq[uint32] {
+	return func(yield func(uint32) bool) {
+		t := &x.tables[bt]
+		if len(t.slots) == 0 {
+			return
+		}
+		mask := uint64(len(t.slots) - 1)
+		for i := x.hash(&d) & mask; t.slots[i] != 0; i = (i + 1) & mask {
+			if n := t.slots[i] - 1; t.at(n).id == d && !yield(n) {
+				return
+			}
+		}
+	}
+}
+
+// At returns an entry by its number, and the number of its pack.
+func (x *Index) At(bt pack.BlobType, no uint32) (packNo uint32, e pack.Entry) {
+	n := x.tables[bt].at(no)
+	return n.loc.Pack, n.loc.Entry(bt, n.id)
 }
 
 // All yields every entry; its Pack number comes first.
