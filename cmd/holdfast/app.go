@@ -127,7 +127,7 @@ or holdfast thaw; holdfast status tells about it.
 
 	root.AddCommand(
 		a.initCommand(), a.backupCommand(), a.snapshotsCommand(), a.spacesCommand(), a.lsCommand(), a.catCommand(), a.restoreCommand(),
-		a.checkCommand(), a.keyCommand(), a.unlockCommand(), a.discoverCommand(),
+		a.checkCommand(), a.consistencyCommand(), a.keyCommand(), a.unlockCommand(), a.discoverCommand(),
 		a.viewsCommand(), a.withViewCommand(), a.overlayVerbCommand(),
 		a.forgetCommand(), a.pruneCommand(),
 		a.statusCommand(), a.thawCommand(), a.versionCommand(), a.generateCommand(),

@@ -29,10 +29,12 @@ type NodeMeta struct {
 	BlobID   string
 	BlobSize int64 // bytes
 	TreeSize int64 // bytes of all files below; folders only
-	SHA1     [20]byte
-	HasSHA1  bool
-	MTime    time.Time // UTC; zero if unset
-	TMTime   time.Time // UTC; newest change below; zero if unset
+	// HasTreeSize tells a folder of size 0 from one without a size, as those of the system storage.
+	HasTreeSize bool
+	SHA1        [20]byte
+	HasSHA1     bool
+	MTime       time.Time // UTC; zero if unset
+	TMTime      time.Time // UTC; newest change below; zero if unset
 	// DTime is set on the root of a disabled space: when it was switched off, RFC 3339.
 	DTime string
 	// TrashOrigin is set on trashed nodes: the path in the space, starting with a slash.
@@ -160,7 +162,7 @@ func (b *nodeBuilder) add(prefix string, key, value []byte) error {
 		if !ok {
 			return odd(name, value, "not a size in bytes")
 		}
-		b.m.TreeSize = n
+		b.m.TreeSize, b.m.HasTreeSize = n, true
 	case "cs.sha1":
 		if len(value) != len(b.m.SHA1) {
 			return odd(name, value, "not 20 bytes long")

@@ -1,0 +1,103 @@
+package consistency_test
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/holdfast-backup/holdfast/internal/consistency"
+	"github.com/holdfast-backup/holdfast/internal/ocis"
+	"github.com/holdfast-backup/holdfast/internal/testfixture"
+)
+
+// bucket reads the blobs of a fixture whose server kept them in a bucket: one file per object.
+type bucket struct{ dir string }
+
+func (b bucket) List(_ context.Context, space string, fn func(string, int64, time.Time) error) error {
+	top := filepath.Join(b.dir, space)
+	return filepath.WalkDir(top, func(p string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			if os.IsNotExist(err) {
+				return nil
+			}
+			return err
+		}
+		fi, err := d.Info()
+		if err != nil {
+			return err
+		}
+		rel, _ := filepath.Rel(top, p)
+		return fn(strings.ReplaceAll(rel, "/", ""), fi.Size(), fi.ModTime())
+	})
+}
+
+func (b bucket) Open(_ context.Context, space, blob string) (io.ReadCloser, error) {
+	return os.Open(filepath.Join(b.dir, space, ocis.NodePath(blob)))
+}
+
+// stores opens both stores of the instance in dir.
+func stores(t testing.TB, name, dir string) []consistency.Store {
+	t.Helper()
+	var out []consistency.Store
+	for _, s := range []struct{ name, root string }{{"users", "users"}, {"system", "metadata"}} {
+		st := consistency.Store{Name: s.name, Layout: string(ocis.Decomposed), Prefix: ocis.PrefixOpenCloud}
+		if s.name == "users" {
+			switch name {
+			case testfixture.OpenCloudPosix:
+				st.Layout = string(ocis.Posix)
+			case testfixture.OCIS:
+				st.Prefix = ocis.PrefixOCIS
+			case testfixture.OCISWithS3Blobs:
+				st.Prefix, st.Remote, st.Blobs = ocis.PrefixOCIS, true, bucket{filepath.Join(dir, "bucket")}
+			}
+		}
+		d, err := consistency.OpenDir(filepath.Join(dir, "data/storage", s.root), st.Layout, st.Prefix)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = d.Close() })
+		st.Place = d
+		out = append(out, st)
+	}
+	return out
+}
+
+// check runs a check and returns what it found.
+func check(t testing.TB, st []consistency.Store, o consistency.Options) ([]consistency.Finding, *consistency.Summary) {
+	t.Helper()
+	var found []consistency.Finding
+	o.Found = func(f consistency.Finding) error { found = append(found, f); return nil }
+	sum, err := consistency.Run(context.Background(), st, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return found, sum
+}
+
+func show(f consistency.Finding) string {
+	return fmt.Sprintf("%s %s %s %s node=%s path=%q blob=%s %s", f.Severity, f.Class, f.Store, f.Name, f.Node, f.Path, f.Blob, f.Detail)
+}
+
+// TestFixtures: what real servers left when they were stopped has no damage.
+func TestFixtures(t *testing.T) {
+	for _, name := range testfixture.Names() {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			found, sum := check(t, stores(t, name, testfixture.Unpack(t, name)), consistency.Options{ReadData: true})
+			for _, f := range found {
+				if f.Severity == consistency.Damage {
+					t.Error(show(f))
+				} else {
+					t.Log(show(f))
+				}
+			}
+			t.Logf("%+v", *sum)
+		})
+	}
+}
