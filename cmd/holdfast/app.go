@@ -53,6 +53,7 @@ type globalOptions struct {
 	json            bool
 	quiet           bool
 	verbose         bool
+	remote          remoteOptions
 }
 
 func (a *app) getenv(name string) (string, bool) {
@@ -98,6 +99,9 @@ order: flag, environment, file. Exceptions: --repo is HOLDFAST_REPOSITORY and
 flag. RESTIC_REPOSITORY, RESTIC_PASSWORD_FILE, RESTIC_PASSWORD_COMMAND and
 RESTIC_PASSWORD are used where ours are not set.
 
+Keys for S3 are found as the AWS tools find them: AWS_ACCESS_KEY_ID and
+AWS_SECRET_ACCESS_KEY, a web identity, or a profile of ~/.aws/credentials.
+
 An instance that was stopped for a backup is started again whatever happens. Should
 the machine go down, or everything be killed at once, then the next backup starts it,
 or holdfast thaw; holdfast status tells about it.
@@ -114,13 +118,14 @@ or holdfast thaw; holdfast status tells about it.
 	})
 	f := root.PersistentFlags()
 	f.SortFlags = false
-	f.StringVarP(&a.opt.repo, "repo", "r", "", "`address` of the repository: a directory")
+	f.StringVarP(&a.opt.repo, "repo", "r", "", "`address` of the repository: a directory, or s3:https://host/bucket/prefix")
 	f.StringVarP(&a.opt.passwordFile, "password-file", "p", "", "`file` with the repository's password")
 	f.StringVar(&a.opt.passwordCommand, "password-command", "", "shell `command` that prints the password")
 	f.StringVar(&a.opt.configFile, "config-file", "", "settings `file` (default "+settings.DefaultFile+" if it exists)")
 	f.StringVar(&a.opt.cacheDir, "cache-dir", "", "`directory` for what speeds up the next backup; may be deleted at any time")
 	f.StringVar(&a.opt.stateDir, "state-dir", "", "`directory` for the record of what must be started again (default\n$XDG_STATE_HOME/holdfast; else /var/lib/holdfast for root, ~/.local/state/holdfast for others)")
 	f.DurationVar(&a.opt.retryLock, "retry-lock", 0, "how long to wait for a locked repository, e.g. 10m")
+	a.opt.remote.flags(f)
 	f.BoolVar(&a.opt.json, "json", false, "print one JSON object a line")
 	f.BoolVarP(&a.opt.quiet, "quiet", "q", false, "print warnings, errors and what was asked for only")
 	f.BoolVarP(&a.opt.verbose, "verbose", "v", false, "print more")

@@ -26,18 +26,19 @@ func (a *app) initCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "init",
 		Short: "Make a new repository",
-		Long: `Make a new repository in an empty or missing directory. It has restic's format,
+		Long: `Make a new repository in an empty or missing directory, or on a server. It has restic's format,
 version 2, and restic can read it.
 
 ` + exitHelp(exitDone, exitError, exitUsage, exitInterrupted),
-		Example: `  holdfast init --repo /srv/backup/cloud --password-file /etc/holdfast/password`,
-		Args:    args(0, 0, "no arguments"),
-		RunE:    a.verb(func(ctx context.Context, _ []string) error { return a.init(ctx) }),
+		Example: `  holdfast init --repo /srv/backup/cloud --password-file /etc/holdfast/password
+  holdfast init --repo s3:https://s3.example.com/bucket/cloud`,
+		Args: args(0, 0, "no arguments"),
+		RunE: a.verb(func(ctx context.Context, _ []string) error { return a.init(ctx) }),
 	}
 }
 
 func (a *app) init(ctx context.Context) error {
-	be, err := a.backend()
+	be, err := a.backend(ctx)
 	if err != nil {
 		return err
 	}

@@ -6,43 +6,12 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"regexp"
-	"time"
 
 	"github.com/holdfast-backup/holdfast/internal/backend"
-	"github.com/holdfast-backup/holdfast/internal/backend/local"
-	"github.com/holdfast-backup/holdfast/internal/backend/retry"
 	"github.com/holdfast-backup/holdfast/internal/progress"
 	"github.com/holdfast-backup/holdfast/internal/repo"
 	"github.com/holdfast-backup/holdfast/internal/ui"
 )
-
-// scheme matches what begins an address that is no plain path. A path with a colon can be written
-// with "./" or "local:" before it.
-var scheme = regexp.MustCompile(`^([a-z0-9]+):`)
-
-// backend finds the driver for the repository's address.
-func (a *app) backend() (backend.Backend, error) {
-	addr := a.opt.repo
-	if addr == "" {
-		return nil, ui.WithHints(usageError("no repository was named"),
-			"Set --repo, the variable HOLDFAST_REPOSITORY, or the key repository of the settings file.")
-	}
-	if m := scheme.FindStringSubmatch(addr); m != nil {
-		if m[1] != "local" {
-			return nil, ui.WithHints(usageError("repository %s: addresses that begin with %q are not known", ui.Quote(addr), m[0]),
-				"A repository is a directory: /srv/backup, or local:/srv/backup.")
-		}
-		addr = addr[len("local:"):]
-	}
-	dir, err := filepath.Abs(addr)
-	if err != nil {
-		return nil, fmt.Errorf("repository %s: %w", ui.Quote(addr), err)
-	}
-	return retry.New(local.New(dir), retry.Options{Report: func(op string, h backend.Handle, err error, wait time.Duration) {
-		a.ui.Warn("%s of %s failed, trying again in %s: %v", op, h, ui.Duration(wait), err)
-	}}), nil
-}
 
 // repoOptions are the flags of verbs that write into the repository.
 type repoOptions struct {
@@ -84,7 +53,7 @@ func (a *app) withRepository(ctx context.Context, ro repoOptions, mode lockMode,
 	if err != nil {
 		return err
 	}
-	be, err := a.backend()
+	be, err := a.backend(ctx)
 	if err != nil {
 		return err
 	}
@@ -93,7 +62,7 @@ func (a *app) withRepository(ctx context.Context, ro repoOptions, mode lockMode,
 	if _, err := be.Stat(ctx, backend.Handle{Type: backend.ConfigFile}); errors.Is(err, backend.ErrNotExist) {
 		return fmt.Errorf("%w at %s", repo.ErrNoRepository, ui.Quote(be.Location()))
 	} else if err != nil {
-		return fmt.Errorf("cannot open the repository: %w", err)
+		return openError(err)
 	}
 	pw, err := a.password(ctx, false)
 	if err != nil {

@@ -86,7 +86,7 @@ func TestScripts(t *testing.T) {
 				os.WriteFile(filepath.Join(e.WorkDir, "pw"), []byte("a good password\n"), 0o600),
 			)
 		},
-		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
+		Cmds: withRemote(map[string]func(ts *testscript.TestScript, neg bool, args []string){
 			"exits":      cmdExits,
 			"fixture":    cmdFixture,
 			"history":    cmdHistory,
@@ -100,7 +100,7 @@ func TestScripts(t *testing.T) {
 			"server":     cmdServer,
 			"restarted":  cmdRestarted,
 			"btrfs":      cmdBtrfs,
-		},
+		}),
 	})
 }
 

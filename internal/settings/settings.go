@@ -47,6 +47,8 @@ var fallbacks = map[string]string{
 	repoFlag:           "RESTIC_REPOSITORY",
 	"password-file":    "RESTIC_PASSWORD_FILE",
 	"password-command": "RESTIC_PASSWORD_COMMAND",
+	"cacert":           "RESTIC_CACERT",
+	"tls-client-cert":  "RESTIC_TLS_CLIENT_CERT",
 }
 
 // passwordVariables hold the password itself. They are settings without a flag, because a command

@@ -1,0 +1,220 @@
+package s3_test
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/minio/minio-go/v7"
+
+	"github.com/holdfast-backup/holdfast/internal/backend"
+	"github.com/holdfast-backup/holdfast/internal/backend/backendtest"
+	bs3 "github.com/holdfast-backup/holdfast/internal/backend/s3"
+	"github.com/holdfast-backup/holdfast/internal/repo/id"
+	"github.com/holdfast-backup/holdfast/internal/s3"
+	"github.com/holdfast-backup/holdfast/internal/s3/s3test"
+)
+
+func open(t *testing.T, so s3.Options, o bs3.Options) *bs3.Backend {
+	t.Helper()
+	c, err := s3.New(context.Background(), so)
+	if err != nil {
+		t.Fatal(err)
+	}
+	o.Client = c
+	be := bs3.New(o)
+	t.Cleanup(func() { be.Close() })
+	return be
+}
+
+func TestLaws(t *testing.T) {
+	srv := s3test.Start(t, s3test.Options{})
+	var n atomic.Int32
+	backendtest.Run(t, func(t *testing.T) backend.Backend {
+		// A bucket that Create makes, and parts for what is large.
+		return open(t, srv.Options(), bs3.Options{Bucket: "laws" + string(rune('a'+n.Add(1))), Prefix: "/some//place/", PartsFrom: 6 << 20})
+	})
+}
+
+func TestLawsLocked(t *testing.T) {
+	srv := s3test.Start(t, s3test.Options{Versioning: true, TLS: true})
+	backendtest.Run(t, func(t *testing.T) backend.Backend {
+		return open(t, srv.Options(), bs3.Options{Bucket: srv.Bucket(t, true, true), LockDays: 1})
+	})
+}
+
+func pack(seed uint64, n int) (backend.Handle, []byte) {
+	data := backendtest.Bytes(seed, n)
+	return backend.Handle{Type: backend.PackFile, Name: id.Hash(data).String()}, data
+}
+
+// Locked files survive their removal, locks are never locked.
+func TestObjectLock(t *testing.T) {
+	srv := s3test.Start(t, s3test.Options{Versioning: true})
+	bucket := srv.Bucket(t, true, true)
+	ctx := context.Background()
+	be := open(t, srv.Options(), bs3.Options{Bucket: bucket, LockDays: 3, LockCompliance: true})
+	h, data := pack(1, 1000)
+	lock := backend.Handle{Type: backend.LockFile, Name: h.Name}
+	for _, h := range []backend.Handle{h, lock} {
+		if err := be.Save(ctx, h, data); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c, err := srv.Client()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	retention := func(key string) (string, time.Duration) {
+		info, err := c.StatObject(ctx, bucket, key, minio.StatObjectOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		until, _ := time.Parse(time.RFC3339, info.Metadata.Get("X-Amz-Object-Lock-Retain-Until-Date"))
+		return info.Metadata.Get("X-Amz-Object-Lock-Mode"), time.Until(until)
+	}
+	if mode, left := retention("data/" + h.Name[:2] + "/" + h.Name); mode != "COMPLIANCE" || left < 70*time.Hour || left > 73*time.Hour {
+		t.Errorf("retention %v for %v", mode, left)
+	}
+	if mode, left := retention("locks/" + h.Name); mode != "" {
+		t.Errorf("a lock is locked for %v", left)
+	}
+	// A bucket without Object Lock: said clearly.
+	plain := open(t, srv.Options(), bs3.Options{Bucket: srv.Bucket(t, false, false), LockDays: 3})
+	err = plain.Save(ctx, h, data)
+	var hint interface{ Hints() []string }
+	var pe *backend.PermanentError
+	if !errors.As(err, &pe) || !errors.As(err, &hint) || len(hint.Hints()) == 0 || !strings.Contains(hint.Hints()[0], "--s3-object-lock-days") {
+		t.Errorf("no lock: %v", err)
+	}
+}
+
+// Stat of the config tells a missing repository from a wrong key, though HEAD answers 404 to both.
+func TestWhatIsMissing(t *testing.T) {
+	srv := s3test.Start(t, s3test.Options{})
+	ctx := context.Background()
+	config := backend.Handle{Type: backend.ConfigFile}
+	if _, err := open(t, srv.Options(), bs3.Options{Bucket: "no-such-bucket"}).Stat(ctx, config); !errors.Is(err, backend.ErrNotExist) {
+		t.Errorf("no bucket: %v", err)
+	}
+	never := func(fi backend.FileInfo) error { t.Errorf("listed %v", fi); return nil }
+	if err := open(t, srv.Options(), bs3.Options{Bucket: "no-such-bucket"}).List(ctx, backend.KeyFile, never); err != nil {
+		t.Errorf("no bucket: %v", err)
+	}
+	// A bucket that vanishes is never an empty list of snapshots.
+	if err := open(t, srv.Options(), bs3.Options{Bucket: "no-such-bucket"}).List(ctx, backend.SnapshotFile, never); !errors.Is(err, s3.ErrNoBucket) {
+		t.Errorf("no bucket: %v", err)
+	}
+	o := srv.Options()
+	o.AccessKey = "nobody"
+	_, err := open(t, o, bs3.Options{Bucket: srv.Bucket(t, false, false)}).Stat(ctx, config)
+	if errors.Is(err, backend.ErrNotExist) || !errors.Is(err, s3.ErrBadCredentials) {
+		t.Errorf("wrong key: %v", err)
+	}
+}
+
+// An upload that was cancelled leaves no parts behind.
+func TestAbortedParts(t *testing.T) {
+	srv := s3test.Start(t, s3test.Options{})
+	bucket := srv.Bucket(t, false, false)
+	u, err := url.Parse(srv.Endpoint)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	proxy := httputil.NewSingleHostReverseProxy(u)
+	front := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Query().Get("partNumber") == "2" {
+			cancel()
+		}
+		proxy.ServeHTTP(w, r)
+	}))
+	defer front.Close()
+	proxy.Director = func(r *http.Request) { r.URL.Scheme, r.URL.Host = u.Scheme, u.Host }
+	o := srv.Options()
+	o.Endpoint = front.URL
+	be := open(t, o, bs3.Options{Bucket: bucket, PartsFrom: 6 << 20})
+	h, data := pack(2, 13<<20)
+	if err := be.Save(ctx, h, data); !errors.Is(err, context.Canceled) {
+		t.Errorf("Save: %v", err)
+	}
+	c, err := srv.Client()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	res, err := c.Core().ListMultipartUploads(context.Background(), bucket, "", "", "", "", 10)
+	if err != nil || len(res.Uploads) != 0 {
+		t.Errorf("%d uploads left, %v", len(res.Uploads), err)
+	}
+}
+
+// A server that answers from another place of the file, or with all of it, is not believed.
+func TestLyingServer(t *testing.T) {
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Last-Modified", time.Now().UTC().Format(http.TimeFormat))
+		w.Header().Set("ETag", `"x"`)
+		switch {
+		case strings.HasSuffix(r.URL.Path, "aa"):
+			io.WriteString(w, "the whole file")
+		default:
+			w.Header().Set("Content-Range", "bytes 5-8/14")
+			w.WriteHeader(http.StatusPartialContent)
+			io.WriteString(w, "hole")
+		}
+	}))
+	defer srv.Close()
+	be := open(t, s3.Options{Endpoint: srv.URL, AccessKey: "a", SecretKey: "b", Region: "r", Tries: 1}, bs3.Options{Bucket: "bucket"})
+	for _, c := range []string{"a", "b"} {
+		h := backend.Handle{Type: backend.PackFile, Name: strings.Repeat(c, 64)}
+		err := be.Load(context.Background(), h, 4, 4, func(io.Reader) error { t.Error("fn was called"); return nil })
+		if err == nil {
+			t.Error("no error")
+		}
+	}
+}
+
+// Files of others in the same bucket are passed over.
+func TestStrays(t *testing.T) {
+	srv := s3test.Start(t, s3test.Options{})
+	bucket := srv.Bucket(t, false, false)
+	be := open(t, srv.Options(), bs3.Options{Bucket: bucket, Prefix: "p"})
+	ctx := context.Background()
+	h, data := pack(3, 10)
+	if err := be.Save(ctx, h, data); err != nil {
+		t.Fatal(err)
+	}
+	wrong := "0" + h.Name[1:2]
+	if wrong == h.Name[:2] {
+		wrong = "1" + h.Name[1:2]
+	}
+	for _, p := range []string{"p/data/stray", "p/data/" + wrong + "/" + h.Name, "p/data/zz/" + h.Name, "p/index/dir/" + h.Name, "q/data/ab/" + h.Name} {
+		path := filepath.Join(srv.Dir, bucket, p)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, data, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, ft := range []backend.FileType{backend.PackFile, backend.IndexFile} {
+		n := 0
+		if err := be.List(ctx, ft, func(fi backend.FileInfo) error { n++; return nil }); err != nil {
+			t.Fatal(err)
+		}
+		if want := map[backend.FileType]int{backend.PackFile: 1}[ft]; n != want {
+			t.Errorf("%v: %d files, not %d", ft, n, want)
+		}
+	}
+}
