@@ -180,7 +180,7 @@ type backupSummary struct {
 	NewBytes       int64           `json:"new_bytes"`
 	StoredBytes    int64           `json:"stored_bytes"`
 	Seconds        float64         `json:"seconds"`
-	Freeze         freezeSummary   `json:"freeze"`
+	Freeze         snapshot.Freeze `json:"freeze"`
 	Views          []snapshot.View `json:"views"`
 	Proof          snapshot.Proof  `json:"proof"`
 }
@@ -194,7 +194,7 @@ func (a *app) showBackup(res *backup.Result, rec freeze.Record, dryRun bool) {
 		s := backupSummary{
 			Event: "summary", Verb: "backup", DryRun: dryRun, Product: m.Product, ProductVersion: m.ProductVersion,
 			Files: st.Files, Folders: st.Dirs, Bytes: st.Bytes, NewBlobs: st.NewBlobs, NewBytes: st.NewBytes,
-			StoredBytes: st.StoredBytes, Seconds: st.Duration.Seconds(), Freeze: newFreezeSummary(m.Freeze, rec), Views: m.Views, Proof: *p,
+			StoredBytes: st.StoredBytes, Seconds: st.Duration.Seconds(), Freeze: m.Freeze, Views: m.Views, Proof: *p,
 		}
 		if s.Proof.Missing == nil {
 			s.Proof.Missing = []snapshot.Missing{}

@@ -14,7 +14,6 @@ import (
 	"github.com/holdfast-backup/holdfast/internal/freeze/auto"
 	"github.com/holdfast-backup/holdfast/internal/ocis"
 	"github.com/holdfast-backup/holdfast/internal/progress"
-	"github.com/holdfast-backup/holdfast/internal/snapshot"
 	"github.com/holdfast-backup/holdfast/internal/ui"
 )
 
@@ -237,26 +236,6 @@ func explainNotReady(err error) error {
 	}
 	hints := append(ui.Hints(err), "Look into the log of the server. If it only needs longer, raise --ready-timeout; if it is ready, see --ready-url and --ready-command.")
 	return withCode(exitNotStarted, &notReady{err.Error(), hints})
-}
-
-// freezeSummary is snapshot.Freeze with the parts of the time in which the instance was not available.
-type freezeSummary struct {
-	snapshot.Freeze
-	StoppingAt      *time.Time `json:"stopping_at,omitempty"`
-	SecondsStopping float64    `json:"seconds_stopping"`
-	SecondsHeld     float64    `json:"seconds_held"`
-	SecondsStarting float64    `json:"seconds_starting"`
-}
-
-func newFreezeSummary(f snapshot.Freeze, r freeze.Record) freezeSummary {
-	s := freezeSummary{Freeze: f}
-	if f.StoppedAt == nil { // nothing was stopped
-		return s
-	}
-	s.StoppingAt = timeOrNil(r.Stopping)
-	s.SecondsStopped = r.Downtime.Seconds()
-	s.SecondsStopping, s.SecondsHeld, s.SecondsStarting = r.ForStop.Seconds(), r.ForHold.Seconds(), r.ForStart.Seconds()
-	return s
 }
 
 // downtimeLine says how long the instance was not available; "" if nothing was stopped.

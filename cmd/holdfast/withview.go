@@ -17,6 +17,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"github.com/holdfast-backup/holdfast/internal/backup"
 	"github.com/holdfast-backup/holdfast/internal/discover"
 	"github.com/holdfast-backup/holdfast/internal/freeze"
 	"github.com/holdfast-backup/holdfast/internal/fssnap"
@@ -369,12 +370,7 @@ func (a *app) showWithView(rec freeze.Record, set *fssnap.Set, err error) {
 		}
 		return
 	}
-	s := withViewSummary{Event: "summary", Verb: "with-view", Freeze: snapshot.Freeze{Method: rec.Method}, ExitCode: exitCode(err)}
-	if rec.Method != freeze.KindNone {
-
-		s.Freeze.StoppedAt, s.Freeze.StartedAt, s.Freeze.ReadyAt = timeOrNil(rec.Stopped), timeOrNil(rec.Started), timeOrNil(rec.Ready)
-		s.Freeze.SecondsStopped = rec.Downtime.Seconds()
-	}
+	s := withViewSummary{Event: "summary", Verb: "with-view", Freeze: backup.FreezeRecord(rec), ExitCode: exitCode(err)}
 	for _, v := range set.Views() {
 		s.Views = append(s.Views, snapshot.View{Kind: v.Kind, Source: v.Source, MadeAt: timeOrNil(v.MadeAt)})
 	}

@@ -138,7 +138,7 @@ func Run(ctx context.Context, o Options) (*Result, error) {
 	}
 
 	m := &got.Manifest
-	m.Holdfast, m.Freeze, m.Views = o.Version, freezeRecord(rec), viewRecords(set, o.Instance)
+	m.Holdfast, m.Freeze, m.Views = o.Version, FreezeRecord(rec), viewRecords(set, o.Instance)
 	res, err := b.commit(ctx, got)
 	if err != nil {
 		return nil, errors.Join(err, down)
@@ -403,9 +403,9 @@ func (e *UnsupportedError) Hints() []string {
 	return []string{"A backup without the bucket would be incomplete, so nothing was written."}
 }
 
-// freezeRecord is what the manifest says of the freeze. A freeze that stopped nothing has no times, so
+// FreezeRecord is what the manifest says of the freeze. A freeze that stopped nothing has no times, so
 // that two captures of one picture give one tree.
-func freezeRecord(r freeze.Record) snapshot.Freeze {
+func FreezeRecord(r freeze.Record) snapshot.Freeze {
 	f := snapshot.Freeze{Method: r.Method}
 	if r.Stopped.IsZero() || r.Method == freeze.KindNone {
 		return f
@@ -417,8 +417,9 @@ func freezeRecord(r freeze.Record) snapshot.Freeze {
 		t = t.UTC()
 		return &t
 	}
-	f.StoppedAt, f.StartedAt, f.ReadyAt = at(r.Stopped), at(r.Started), at(r.Ready)
+	f.StoppingAt, f.StoppedAt, f.StartedAt, f.ReadyAt = at(r.Stopping), at(r.Stopped), at(r.Started), at(r.Ready)
 	f.SecondsStopped = r.Downtime.Seconds()
+	f.SecondsStopping, f.SecondsHeld, f.SecondsStarting = r.ForStop.Seconds(), r.ForHold.Seconds(), r.ForStart.Seconds()
 	return f
 }
 

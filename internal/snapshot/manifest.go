@@ -88,11 +88,18 @@ type Software struct {
 
 // Freeze tells how the instance was held still. Times are left out where nothing was stopped.
 type Freeze struct {
-	Method         string     `json:"method"`
-	StoppedAt      *time.Time `json:"stopped_at,omitempty"`
-	StartedAt      *time.Time `json:"started_at,omitempty"`
-	ReadyAt        *time.Time `json:"ready_at,omitempty"`
+	Method    string     `json:"method"`
+	StoppedAt *time.Time `json:"stopped_at,omitempty"`
+	StartedAt *time.Time `json:"started_at,omitempty"`
+	ReadyAt   *time.Time `json:"ready_at,omitempty"`
+	// SecondsStopped count from StoppingAt to ReadyAt, or to StartedAt if it did not get ready.
 	SecondsStopped float64    `json:"seconds_stopped"`
+	StoppingAt     *time.Time `json:"stopping_at,omitempty"` // when it was told to stop
+	// The parts of SecondsStopped: to the proof that nothing runs, to the beginning of the start, and to
+	// its end.
+	SecondsStopping float64 `json:"seconds_stopping"`
+	SecondsHeld     float64 `json:"seconds_held"`
+	SecondsStarting float64 `json:"seconds_starting"`
 }
 
 // View tells which still picture was read.
