@@ -48,16 +48,8 @@ func (a *app) check(ctx context.Context, r *repo.Repository, readData bool) erro
 	}
 	incomplete := 0
 	for i := range rep.Snapshots {
-		s := &rep.Snapshots[i]
-		if s.Complete {
-			continue
-		}
-		incomplete++
-		if len(s.Proof.Missing) == 0 {
-			// What was missing at the source when the snapshot was made stands in its manifest.
-			if err := recordedProof(ctx, r, s); err != nil {
-				a.ui.Warn("snapshot %s: %v", s.ID.Short(), err)
-			}
+		if !rep.Snapshots[i].Complete {
+			incomplete++
 		}
 	}
 	if a.ui.JSON() {
@@ -90,20 +82,6 @@ func (a *app) check(ctx context.Context, r *repo.Repository, readData bool) erro
 	case incomplete > 0:
 		return withCode(exitIncomplete, fmt.Errorf("the repository is whole, but holds %s", ui.Count(int64(incomplete), "incomplete snapshot")))
 	}
-	return nil
-}
-
-// recordedProof takes over the lists of the proof that was made at the backup.
-func recordedProof(ctx context.Context, r *repo.Repository, s *verify.Snapshot) error {
-	sn, err := snapshot.Load(ctx, r, s.ID)
-	if err != nil || sn.Tree == nil {
-		return err
-	}
-	m, err := snapshot.LoadManifest(ctx, r, *sn.Tree)
-	if err != nil {
-		return err
-	}
-	s.Proof.Missing, s.Proof.Unreadable, s.Proof.NotCaptured = m.Proof.Missing, m.Proof.Unreadable, m.Proof.NotCaptured
 	return nil
 }
 
