@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 
+	"github.com/holdfast-backup/holdfast/internal/pax"
 	"github.com/holdfast-backup/holdfast/internal/repo/id"
 )
 
@@ -44,7 +45,7 @@ type cachedPlain struct {
 type cachedFile struct {
 	size         int64
 	mtime, ctime timespec
-	holes        []extent
+	holes        []pax.Extent
 	ids          []id.ID
 }
 
@@ -98,7 +99,7 @@ func LoadCache(path string) (*Cache, error) {
 			path := d.str()
 			f := &cachedFile{size: d.int(), mtime: d.time(), ctime: d.time()}
 			for k := d.count(); k > 0 && !d.bad; k-- {
-				f.holes = append(f.holes, extent{d.int(), d.int()})
+				f.holes = append(f.holes, pax.Extent{Off: d.int(), Len: d.int()})
 			}
 			f.ids = d.ids()
 			pl.files[path] = f
@@ -173,8 +174,8 @@ func (c *Cache) write(f io.Writer) error {
 			e.time(f.ctime)
 			e.count(len(f.holes))
 			for _, h := range f.holes {
-				e.int(h.off)
-				e.int(h.len)
+				e.int(h.Off)
+				e.int(h.Len)
 			}
 			e.ids(f.ids)
 			put()

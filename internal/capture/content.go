@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/holdfast-backup/holdfast/internal/pax"
 	"github.com/holdfast-backup/holdfast/internal/repo"
 	"github.com/holdfast-backup/holdfast/internal/repo/chunk"
 	"github.com/holdfast-backup/holdfast/internal/repo/id"
@@ -96,7 +97,7 @@ type content struct {
 	ids   []id.ID
 	size  int64
 	sha1  [sha1.Size]byte // only if it was asked for
-	holes []extent
+	holes []pax.Extent
 }
 
 // save stores one chunk.
@@ -138,7 +139,7 @@ func (s *saver) file(ctx context.Context, f *os.File, e *entry, wantSHA1 bool) (
 		h = sha1.New()
 	}
 	if e.sparse() {
-		holes, err := holesOf(f, e.size)
+		holes, err := pax.FindHoles(f, e.size)
 		if err != nil {
 			return c, &readError{err}
 		}
@@ -261,13 +262,13 @@ func (s *saver) path(ctx context.Context, r *root, e *entry, wantSHA1 bool) (con
 
 // sparseFile saves a large file with holes without reading the holes: a file may claim terabytes.
 func (s *saver) sparseFile(ctx context.Context, f *os.File, e *entry, wantSHA1 bool) (content, error) {
-	holes, err := holesOf(f, e.size)
+	holes, err := pax.FindHoles(f, e.size)
 	if err != nil {
 		return content{}, &readError{err}
 	}
 	big := false
 	for _, h := range holes {
-		big = big || h.len >= int64(fileChunks.Max)
+		big = big || h.Len >= int64(fileChunks.Max)
 	}
 	if !big {
 		return s.file(ctx, f, e, wantSHA1)
@@ -297,11 +298,11 @@ func (s *saver) sparseFile(ctx context.Context, f *os.File, e *entry, wantSHA1 b
 		return nil
 	}
 	for _, hole := range holes {
-		whole := hole.len / int64(len(zero)) * int64(len(zero))
+		whole := hole.Len / int64(len(zero)) * int64(len(zero))
 		if whole == 0 {
 			continue
 		}
-		if err := part(hole.off); err != nil {
+		if err := part(hole.Off); err != nil {
 			return c, err
 		}
 		s.zeros.once.Do(func() { s.zeros.id, s.zeros.err = s.save(ctx, zero) })

@@ -9,12 +9,12 @@ import (
 	"io/fs"
 	"path"
 	"sort"
-	"strconv"
 	"strings"
 	"sync"
 	"time"
 
 	"github.com/holdfast-backup/holdfast/internal/ocis"
+	"github.com/holdfast-backup/holdfast/internal/pax"
 	"github.com/holdfast-backup/holdfast/internal/snapshot"
 )
 
@@ -307,7 +307,7 @@ func (h *nodeHandler) ref(e *entry) string {
 	return inSnapshot(h.d.base, "unreferenced", snapshot.SafeName(h.d.sp.id), snapshot.SafeName("./"+h.d.inside(e.path)))
 }
 
-func (h *nodeHandler) save(ctx context.Context, e *entry, _ []xattr, rec *encoder) ([]extent, error) {
+func (h *nodeHandler) save(ctx context.Context, e *entry, _ []xattr, rec *encoder) ([]pax.Extent, error) {
 	got, err := h.d.c.saver.path(ctx, h.d.root, e, false)
 	if err != nil {
 		return nil, err
@@ -680,7 +680,7 @@ func (h *blobHandler) ref(e *entry) string {
 	return inSnapshot(h.d.base, "unreferenced", snapshot.SafeName(h.d.sp.id), snapshot.SafeName(blob))
 }
 
-func (h *blobHandler) save(ctx context.Context, e *entry, _ []xattr, rec *encoder) ([]extent, error) {
+func (h *blobHandler) save(ctx context.Context, e *entry, _ []xattr, rec *encoder) ([]pax.Extent, error) {
 	d := h.d
 	blob := d.blobID(e)
 	w := d.want[blob]
@@ -1074,21 +1074,6 @@ func decodePart(b []byte) (*snapshotPart, error) {
 		return nil, errors.New("damaged")
 	}
 	return p, nil
-}
-
-// parseHoles reads what formatHoles wrote; anything else gives none.
-func parseHoles(s string) []extent {
-	var out []extent
-	for _, p := range strings.Split(s, ",") {
-		a, b, ok := strings.Cut(p, ":")
-		off, err1 := strconv.ParseInt(a, 10, 64)
-		n, err2 := strconv.ParseInt(b, 10, 64)
-		if !ok || err1 != nil || err2 != nil || off < 0 || n < 0 {
-			return nil
-		}
-		out = append(out, extent{off, n})
-	}
-	return out
 }
 
 func parseSHA1(s string) (sum [20]byte, ok bool) {

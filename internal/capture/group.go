@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/holdfast-backup/holdfast/internal/pax"
 	"github.com/holdfast-backup/holdfast/internal/repo/id"
 )
 
@@ -130,7 +131,7 @@ type handler interface {
 	// the content goes into the tar.
 	ref(e *entry) string
 	// save stores the content of a file that has a ref. A *readError leaves the file out.
-	save(ctx context.Context, e *entry, x []xattr, rec *encoder) (holes []extent, err error)
+	save(ctx context.Context, e *entry, x []xattr, rec *encoder) (holes []pax.Extent, err error)
 	// see is told of each other entry: link is the target of a symbolic link, data the content of a
 	// regular file that goes into the tar.
 	see(e *entry, link string, data []byte, x []xattr, rec *encoder)
@@ -348,13 +349,13 @@ func (w *tarWorker) entry(ctx context.Context, e *entry) error {
 	return nil
 }
 
-func (w *tarWorker) holes(e *entry) ([]extent, error) {
+func (w *tarWorker) holes(e *entry) ([]pax.Extent, error) {
 	f, err := w.r.openFile(e.path)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
-	return holesOf(f, e.size)
+	return pax.FindHoles(f, e.size)
 }
 
 // hashRefs covers the refs of entries.

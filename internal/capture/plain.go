@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-backup/holdfast/internal/ocis"
+	"github.com/holdfast-backup/holdfast/internal/pax"
 	"github.com/holdfast-backup/holdfast/internal/snapshot"
 )
 
@@ -277,6 +278,6 @@ func setStat(n *snapshot.Node, e *entry) {
 func setContent(n *snapshot.Node, got content) {
 	n.Content, n.Size = got.ids, uint64(got.size)
 	if len(got.holes) > 0 {
-		n.Xattrs = append(n.Xattrs, snapshot.Xattr{Name: snapshot.AttrHoles, Value: []byte(formatHoles(got.holes))})
+		n.Xattrs = append(n.Xattrs, snapshot.Xattr{Name: snapshot.AttrHoles, Value: []byte(pax.FormatHoles(got.holes))})
 	}
 }

@@ -12,6 +12,7 @@ import (
 	"sync/atomic"
 
 	"github.com/holdfast-backup/holdfast/internal/ocis"
+	"github.com/holdfast-backup/holdfast/internal/pax"
 	"github.com/holdfast-backup/holdfast/internal/snapshot"
 )
 
@@ -358,7 +359,7 @@ func (p *posix) ref(e *entry) string {
 
 // save captures the content of a file. Files are changed in place and users choose their times, so
 // size and mtime prove nothing: ctime does, or the blob id, which changes with every upload.
-func (p *posix) save(ctx context.Context, e *entry, x []xattr, rec *encoder) ([]extent, error) {
+func (p *posix) save(ctx context.Context, e *entry, x []xattr, rec *encoder) ([]pax.Extent, error) {
 	m, _ := posixMeta(p.s.Prefix, x)
 	var got content
 	hasSHA1 := true

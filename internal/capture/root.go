@@ -379,53 +379,6 @@ func sortXattrs(x []xattr) {
 	}
 }
 
-// extent is a run of bytes.
-type extent struct{ off, len int64 }
-
-// holesOf returns the holes of an open file of size bytes.
-func holesOf(f *os.File, size int64) ([]extent, error) {
-	var holes []extent
-	fd := int(f.Fd())
-	for off := int64(0); off < size; {
-		data, err := unix.Seek(fd, off, unix.SEEK_DATA)
-		if errors.Is(err, unix.ENXIO) {
-			data = size
-		} else if errors.Is(err, unix.EINVAL) {
-			return nil, nil // the file system does not tell
-		} else if err != nil {
-			return nil, &fs.PathError{Op: "seek", Path: f.Name(), Err: err}
-		}
-		data = min(data, size)
-		if data > off {
-			holes = append(holes, extent{off, data - off})
-		}
-		if data >= size {
-			break
-		}
-		hole, err := unix.Seek(fd, data, unix.SEEK_HOLE)
-		if err != nil {
-			return nil, &fs.PathError{Op: "seek", Path: f.Name(), Err: err}
-		}
-		off = hole
-	}
-	_, err := unix.Seek(fd, 0, 0)
-	return holes, err
-}
-
-// formatHoles writes holes as "offset:length,...".
-func formatHoles(holes []extent) string {
-	var b []byte
-	for i, h := range holes {
-		if i > 0 {
-			b = append(b, ',')
-		}
-		b = strconv.AppendInt(b, h.off, 10)
-		b = append(b, ':')
-		b = strconv.AppendInt(b, h.len, 10)
-	}
-	return string(b)
-}
-
 // sparse reports whether e may have holes: fewer bytes allocated than its size. File systems that
 // compress look the same, so the holes themselves are asked for afterwards.
 func (e *entry) sparse() bool { return e.isRegular() && e.size > 0 && e.alloc < e.size }

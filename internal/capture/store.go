@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/holdfast-backup/holdfast/internal/ocis"
+	"github.com/holdfast-backup/holdfast/internal/pax"
 	"github.com/holdfast-backup/holdfast/internal/progress"
 	"github.com/holdfast-backup/holdfast/internal/repo/id"
 	"github.com/holdfast-backup/holdfast/internal/snapshot"
@@ -276,7 +277,7 @@ func (h *restHandler) ref(e *entry) string {
 	return inSnapshot(h.base, "unreferenced", unrefStore, snapshot.SafeName(e.path))
 }
 
-func (h *restHandler) save(ctx context.Context, e *entry, _ []xattr, rec *encoder) ([]extent, error) {
+func (h *restHandler) save(ctx context.Context, e *entry, _ []xattr, rec *encoder) ([]pax.Extent, error) {
 	got, err := h.c.saver.path(ctx, h.root, e, false)
 	if err != nil {
 		return nil, err
@@ -377,8 +378,8 @@ func (b *blobRec) encode(e *encoder) {
 	}
 	e.count(len(b.contents.holes))
 	for _, h := range b.contents.holes {
-		e.int(h.off)
-		e.int(h.len)
+		e.int(h.Off)
+		e.int(h.Len)
 	}
 	e.ids(b.contents.ids)
 }
@@ -390,7 +391,7 @@ func decodeBlob(d *decoder) *blobRec {
 		copy(b.sha1[:], d.take(len(b.sha1)))
 	}
 	for n := d.count(); n > 0 && !d.bad; n-- {
-		b.contents.holes = append(b.contents.holes, extent{d.int(), d.int()})
+		b.contents.holes = append(b.contents.holes, pax.Extent{Off: d.int(), Len: d.int()})
 	}
 	b.contents.ids = d.ids()
 	b.contents.size = b.size
@@ -493,7 +494,7 @@ func (c *capturer) walkKnown(ctx context.Context, d id.ID, known map[string]*blo
 			b := &blobRec{id: blob, size: int64(n.Size), contents: content{ids: n.Content, size: int64(n.Size)}}
 			b.stat.mtime = timespec{n.ModTime.Unix(), int64(n.ModTime.Nanosecond())}
 			if h, ok := n.Attr(snapshot.AttrHoles); ok {
-				b.contents.holes = parseHoles(h)
+				b.contents.holes, _ = pax.ParseHoles(h, b.size) // damaged: it is written without
 			}
 			if h, ok := n.Attr(snapshot.AttrSHA1); ok {
 				b.sha1, b.hasSHA1 = parseSHA1(h)

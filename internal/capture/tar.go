@@ -18,7 +18,7 @@ type tarEntry struct {
 	link    string // target of a symbolic link
 	xattrs  []xattr
 	content string // path in the snapshot of what holds the content; "": it follows inline
-	holes   []extent
+	holes   []pax.Extent
 	inline  int64 // bytes that follow
 }
 
@@ -86,7 +86,7 @@ func (w *tarWriter) add(e *tarEntry) {
 			w.record(pax.Size, strconv.FormatInt(e.size, 10))
 		}
 		if len(e.holes) > 0 {
-			w.record(pax.Holes, formatHoles(e.holes))
+			w.record(pax.Holes, pax.FormatHoles(e.holes))
 		}
 		if e.mode&unix.S_IFMT == unix.S_IFSOCK {
 			w.record(pax.Type, pax.Socket)

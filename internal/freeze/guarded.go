@@ -30,7 +30,7 @@ var ErrGivenUp = errors.New("the backup was given up so that the instance runs")
 
 // Options of Guarded. The zero value works.
 type Options struct {
-	// StateDir keeps the record of the freeze; "" is DefaultStateDir.
+	// StateDir keeps the record of the freeze; "" is statedir.Default.
 	StateDir string
 	// MaxDowntime is when the backup is given up and the instance started; 0 is DefaultMaxDowntime.
 	MaxDowntime time.Duration

@@ -1003,22 +1003,6 @@ func TestHiddenCommandByHand(t *testing.T) {
 	}
 }
 
-func TestDefaultStateDir(t *testing.T) {
-	t.Setenv("XDG_STATE_HOME", "/x/state")
-	if dir, err := DefaultStateDir(); err != nil || dir != "/x/state/holdfast" {
-		t.Error(dir, err)
-	}
-	t.Setenv("XDG_STATE_HOME", "")
-	want := "/var/lib/holdfast"
-	if os.Geteuid() != 0 {
-		t.Setenv("HOME", "/home/x")
-		want = "/home/x/.local/state/holdfast"
-	}
-	if dir, err := DefaultStateDir(); err != nil || dir != want {
-		t.Error(dir, err)
-	}
-}
-
 // plainFreezer is one that knows nothing of plans.
 type plainFreezer struct{ thawed int }
 

@@ -11,14 +11,12 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"sort"
 	"strings"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/holdfast-backup/holdfast/internal/ocis"
 	"github.com/holdfast-backup/holdfast/internal/progress"
+	"github.com/holdfast-backup/holdfast/internal/statedir"
 )
 
 // stateVersion is the version of the record on disk. A record of another version is not run.
@@ -27,23 +25,8 @@ const stateVersion = 1
 // bootIDFile is replaced in tests.
 var bootIDFile = "/proc/sys/kernel/random/boot_id"
 
-// DefaultStateDir is where the record of a freeze is kept: $XDG_STATE_HOME/holdfast if that is set,
-// else /var/lib/holdfast for root and ~/.local/state/holdfast for others.
-//
-// Errors: no home directory.
-func DefaultStateDir() (string, error) {
-	if dir := os.Getenv("XDG_STATE_HOME"); filepath.IsAbs(dir) {
-		return filepath.Join(dir, "holdfast"), nil
-	}
-	if os.Geteuid() == 0 {
-		return "/var/lib/holdfast", nil
-	}
-	home, err := os.UserHomeDir()
-	if err != nil {
-		return "", fmt.Errorf("no place for the record of a freeze: %w; set XDG_STATE_HOME", err)
-	}
-	return filepath.Join(home, ".local", "state", "holdfast"), nil
-}
+// freezeSub is the directory of the records in the state directory.
+const freezeSub = "freeze"
 
 // identity names a process for good: its number is used again, also after a restart of the machine.
 type identity struct {
@@ -115,18 +98,9 @@ func (f stateFiles) log() string    { return filepath.Join(f.dir, f.key+".log") 
 
 // openState makes the directory and returns the names for the instance at base.
 func openState(stateDir, base string) (stateFiles, error) {
-	if stateDir == "" {
-		var err error
-		if stateDir, err = DefaultStateDir(); err != nil {
-			return stateFiles{}, err
-		}
-	}
-	dir, err := filepath.Abs(filepath.Join(stateDir, "freeze"))
-	if err == nil {
-		err = os.MkdirAll(dir, 0o700)
-	}
+	dir, err := statedir.Make(stateDir, freezeSub)
 	if err != nil {
-		return stateFiles{}, fmt.Errorf("the state directory cannot be used, so nothing was stopped: %w; set XDG_STATE_HOME to a place that can be written to", err)
+		return stateFiles{}, fmt.Errorf("nothing was stopped: %w", err)
 	}
 	sum := sha256.Sum256([]byte(base))
 	return stateFiles{dir: dir, key: hex.EncodeToString(sum[:8])}, nil
@@ -154,31 +128,7 @@ func basePath(inst *ocis.Instance) (string, error) {
 }
 
 // write puts the record on disk for good, or leaves what was there.
-func (f stateFiles) write(s state) error {
-	data, err := json.MarshalIndent(s, "", "  ")
-	if err != nil {
-		return err
-	}
-	tmp, err := os.CreateTemp(f.dir, f.key+".*.tmp") // mode 0600
-	if err != nil {
-		return err
-	}
-	_, err = tmp.Write(append(data, '\n'))
-	if err == nil {
-		err = tmp.Sync()
-	}
-	if cerr := tmp.Close(); err == nil {
-		err = cerr
-	}
-	if err == nil {
-		err = os.Rename(tmp.Name(), f.record())
-	}
-	if err != nil {
-		_ = os.Remove(tmp.Name())
-		return err
-	}
-	return f.sync()
-}
+func (f stateFiles) write(s state) error { return statedir.Write(f.record(), s) }
 
 // markReported notes that the user was told of the start that failed.
 func (f stateFiles) markReported() error {
@@ -191,25 +141,7 @@ func (f stateFiles) markReported() error {
 }
 
 // remove takes the record away; that it is gone already is no error.
-func (f stateFiles) remove() error {
-	err := os.Remove(f.record())
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	return f.sync()
-}
-
-func (f stateFiles) sync() error {
-	d, err := os.Open(f.dir)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
-}
+func (f stateFiles) remove() error { return statedir.Remove(f.record()) }
 
 func readState(path string) (state, error) {
 	var s state
@@ -281,31 +213,24 @@ func tryLockInstance(files stateFiles, base string) (*instanceLock, error) {
 		return e
 	}
 	if files.dir != "" {
-		f, err := os.OpenFile(files.lock(), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+		f, err := statedir.Lock(files.lock())
+		if errors.Is(err, statedir.ErrLocked) {
+			return nil, busy()
+		}
 		if err != nil {
 			return nil, fmt.Errorf("the state directory cannot be used, so nothing was stopped: %w", err)
 		}
 		l.files = append(l.files, f)
-		err = flock(f, unix.LOCK_EX|unix.LOCK_NB)
-		if errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, busy()
-		}
-		if err != nil {
-			l.release()
-			return nil, fmt.Errorf("lock %s: %w; the state directory must be on a filesystem with locks", files.lock(), err)
-		}
 	}
 	d, err := os.Open(base)
 	if err != nil {
 		return l, nil // the missing directory is for others to report
 	}
-	err = flock(d, unix.LOCK_EX|unix.LOCK_NB)
-	if errors.Is(err, unix.EWOULDBLOCK) {
+	if err := statedir.TryFlock(d); err != nil {
 		d.Close()
-		return nil, busy()
-	}
-	if err != nil {
-		d.Close()
+		if errors.Is(err, statedir.ErrLocked) {
+			return nil, busy()
+		}
 		return l, nil
 	}
 	l.files = append(l.files, d)
@@ -337,7 +262,7 @@ type Status struct {
 	Err error
 }
 
-// ReadStatus lists the freezes on record in stateDir ("" is DefaultStateDir). One whose owner and
+// ReadStatus lists the freezes on record in stateDir ("" is statedir.Default). One whose owner and
 // guard are both dead waits for Recover.
 //
 // Errors: a directory that cannot be read; that there is none is an empty list.
@@ -363,30 +288,14 @@ func ReadStatus(stateDir string) ([]Status, error) {
 }
 
 func listRecords(stateDir string) ([]stateFiles, error) {
-	if stateDir == "" {
-		var err error
-		if stateDir, err = DefaultStateDir(); err != nil {
-			return nil, err
-		}
-	}
-	dir, err := filepath.Abs(filepath.Join(stateDir, "freeze"))
-	if err != nil {
-		return nil, err
-	}
-	entries, err := os.ReadDir(dir)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
+	dir, keys, err := statedir.Names(stateDir, freezeSub, ".json")
 	if err != nil {
 		return nil, fmt.Errorf("look for frozen instances: %w", err)
 	}
 	var list []stateFiles
-	for _, e := range entries {
-		if key, ok := strings.CutSuffix(e.Name(), ".json"); ok {
-			list = append(list, stateFiles{dir: dir, key: key})
-		}
+	for _, key := range keys {
+		list = append(list, stateFiles{dir: dir, key: key})
 	}
-	sort.Slice(list, func(i, j int) bool { return list[i].key < list[j].key })
 	return list, nil
 }
 
@@ -421,7 +330,7 @@ type RecoverOptions struct {
 
 // Recover starts the instances again whose backup and guard both died, by kill, power cut or
 // restart of the machine. It is for the beginning of every command and for holdfast thaw. Without
-// records it costs one look at a directory. stateDir "" is DefaultStateDir.
+// records it costs one look at a directory. stateDir "" is statedir.Default.
 //
 // Errors: those of the list joined; ErrNotStarted.
 func Recover(ctx context.Context, stateDir string) ([]Recovered, error) {

@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+
+	"github.com/holdfast-backup/holdfast/internal/statedir"
 )
 
 // State says what is to become of a view that was found.
@@ -38,7 +40,7 @@ type Found struct {
 
 // FindOptions say where to look for views.
 type FindOptions struct {
-	// StateDir is where the records are; "" is DefaultStateDir.
+	// StateDir is where the records are; "" is statedir.Default.
 	StateDir string
 	// Roots are directories to look at on filesystems that cannot be searched (CephFS).
 	Roots []string
@@ -128,7 +130,7 @@ func RemoveLeftovers(ctx context.Context, drivers []Driver, o FindOptions) ([]Vi
 			continue
 		}
 		lock, err := f.acquire()
-		if errors.Is(err, errLocked) {
+		if errors.Is(err, statedir.ErrLocked) {
 			continue
 		}
 		if err != nil {
@@ -168,7 +170,7 @@ func RemoveLeftovers(ctx context.Context, drivers []Driver, o FindOptions) ([]Vi
 //
 // Errors: fs.ErrNotExist if there is none; it is in use.
 func RemoveKept(ctx context.Context, drivers []Driver, name string, o FindOptions) error {
-	dir, err := viewsState(o.StateDir)
+	dir, err := statedir.Path(o.StateDir, viewsSub)
 	if err != nil {
 		return err
 	}

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-backup/holdfast/internal/mountinfo"
+	"github.com/holdfast-backup/holdfast/internal/statedir"
 )
 
 // ViewsDir is the name of the directory in which views lie that their filesystem needs a place for.
@@ -126,34 +127,11 @@ func Rel(path, dir string) (string, error) {
 	return rel(path, dir), nil
 }
 
-// DefaultStateDir is where records are kept: $XDG_STATE_HOME/holdfast if that is set, else
-// /var/lib/holdfast for root and ~/.local/state/holdfast for others.
-func DefaultStateDir() (string, error) {
-	if dir := os.Getenv("XDG_STATE_HOME"); filepath.IsAbs(dir) {
-		return filepath.Join(dir, "holdfast"), nil
-	}
-	if os.Geteuid() == 0 {
-		return "/var/lib/holdfast", nil
-	}
-	home, err := os.UserHomeDir()
-	if err != nil {
-		return "", fmt.Errorf("no place for the record of views: %w; set XDG_STATE_HOME", err)
-	}
-	return filepath.Join(home, ".local", "state", "holdfast"), nil
-}
-
-func viewsState(stateDir string) (string, error) {
-	if stateDir == "" {
-		var err error
-		if stateDir, err = DefaultStateDir(); err != nil {
-			return "", err
-		}
-	}
-	return filepath.Abs(filepath.Join(stateDir, "views"))
-}
+// viewsSub is the directory of the records and mount points in the state directory.
+const viewsSub = "views"
 
 // MountPoint makes the directory, for root alone, on which a driver mounts the named view. stateDir ""
-// is DefaultStateDir.
+// is statedir.Default.
 func MountPoint(stateDir, view string) (string, error) {
 	dir, err := MountPointName(stateDir, view)
 	if err == nil {
@@ -167,7 +145,7 @@ func MountPoint(stateDir, view string) (string, error) {
 
 // MountPointName is the directory of MountPoint, which it does not make.
 func MountPointName(stateDir, view string) (string, error) {
-	dir, err := viewsState(stateDir)
+	dir, err := statedir.Path(stateDir, viewsSub)
 	if err != nil {
 		return "", err
 	}

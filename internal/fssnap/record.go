@@ -4,14 +4,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
-	"slices"
-	"strings"
 	"time"
 
-	"golang.org/x/sys/unix"
+	"github.com/holdfast-backup/holdfast/internal/statedir"
 )
 
 // recordVersion is the version of the record on disk. A record of another version is left alone.
@@ -38,42 +35,17 @@ func (f recordFiles) lock() string   { return filepath.Join(f.dir, f.name+".lock
 
 // openRecords makes the directory.
 func openRecords(stateDir, name string) (recordFiles, error) {
-	dir, err := viewsState(stateDir)
-	if err == nil {
-		err = os.MkdirAll(dir, 0o700)
-	}
+	dir, err := statedir.Make(stateDir, viewsSub)
 	if err != nil {
-		return recordFiles{}, fmt.Errorf("the state directory cannot be used, so no views are made: %w; set XDG_STATE_HOME to a place that can be written to", err)
+		return recordFiles{}, fmt.Errorf("no views are made: %w", err)
 	}
 	return recordFiles{dir, name}, nil
 }
 
-var errLocked = errors.New("locked by a process that lives")
-
-// acquire takes the lock that tells others that the owner of the set lives. The kernel gives it back
-// however the owner ends; numbers of processes would mean nothing in another container.
+// acquire takes the lock that tells others that the owner of the set lives.
 //
-// Errors: errLocked.
-func (f recordFiles) acquire() (*os.File, error) {
-	l, err := os.OpenFile(f.lock(), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	for {
-		err = unix.Flock(int(l.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if !errors.Is(err, unix.EINTR) {
-			break
-		}
-	}
-	if err != nil {
-		l.Close()
-		if errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, errLocked
-		}
-		return nil, fmt.Errorf("lock %s: %w; the state directory must be on a filesystem with locks", f.lock(), err)
-	}
-	return l, nil
-}
+// Errors: statedir.ErrLocked.
+func (f recordFiles) acquire() (*os.File, error) { return statedir.Lock(f.lock()) }
 
 // live tells whether the owner of the set lives.
 func (f recordFiles) live() bool {
@@ -82,38 +54,14 @@ func (f recordFiles) live() bool {
 	}
 	l, err := f.acquire()
 	if err != nil {
-		return errors.Is(err, errLocked)
+		return errors.Is(err, statedir.ErrLocked)
 	}
 	l.Close()
 	return false
 }
 
 // write puts the record on disk for good, or leaves what was there.
-func (f recordFiles) write(r record) error {
-	data, err := json.MarshalIndent(r, "", "  ")
-	if err != nil {
-		return err
-	}
-	tmp, err := os.CreateTemp(f.dir, f.name+".*.tmp") // mode 0600
-	if err != nil {
-		return err
-	}
-	_, err = tmp.Write(append(data, '\n'))
-	if err == nil {
-		err = tmp.Sync()
-	}
-	if cerr := tmp.Close(); err == nil {
-		err = cerr
-	}
-	if err == nil {
-		err = os.Rename(tmp.Name(), f.record())
-	}
-	if err != nil {
-		_ = os.Remove(tmp.Name())
-		return err
-	}
-	return f.sync()
-}
+func (f recordFiles) write(r record) error { return statedir.Write(f.record(), r) }
 
 func (f recordFiles) read() (record, error) {
 	data, err := os.ReadFile(f.record())
@@ -131,53 +79,19 @@ func (f recordFiles) read() (record, error) {
 }
 
 // remove takes the record away, and the lock file last.
-func (f recordFiles) remove() error {
-	var errs []error
-	for _, p := range []string{f.record(), f.lock()} {
-		if err := os.Remove(p); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			errs = append(errs, err)
-		}
-	}
-	if tmp, err := filepath.Glob(filepath.Join(f.dir, f.name+".*.tmp")); err == nil {
-		for _, p := range tmp {
-			_ = os.Remove(p)
-		}
-	}
-	return errors.Join(append(errs, f.sync())...)
-}
+func (f recordFiles) remove() error { return statedir.Remove(f.record(), f.lock()) }
 
-func (f recordFiles) sync() error {
-	d, err := os.Open(f.dir)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
-}
-
-// listRecords returns the files of all sets on record, the oldest first.
+// listRecords returns the files of all sets on record, the oldest first. A lock without a record is of
+// a run that was killed before it made any view.
 func listRecords(stateDir string) ([]recordFiles, error) {
-	dir, err := viewsState(stateDir)
-	if err != nil {
-		return nil, err
-	}
-	entries, err := os.ReadDir(dir)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
+	dir, names, err := statedir.Names(stateDir, viewsSub, ".json", ".lock")
 	if err != nil {
 		return nil, fmt.Errorf("look for views on record: %w", err)
 	}
 	var list []recordFiles
-	for _, e := range entries {
-		name, ok := strings.CutSuffix(e.Name(), ".json")
-		if !ok {
-			// A lock without a record is of a run that was killed before it made any view.
-			name, ok = strings.CutSuffix(e.Name(), ".lock")
-		}
-		f := recordFiles{dir, name}
-		if _, valid := ParseName(name); ok && valid && !slices.Contains(list, f) {
-			list = append(list, f)
+	for _, name := range names {
+		if _, valid := ParseName(name); valid {
+			list = append(list, recordFiles{dir, name})
 		}
 	}
 	return list, nil

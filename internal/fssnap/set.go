@@ -14,11 +14,12 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-backup/holdfast/internal/mountinfo"
+	"github.com/holdfast-backup/holdfast/internal/statedir"
 )
 
 // Options are those of a Set. The zero value works.
 type Options struct {
-	// StateDir is where the record is kept, in views/ below it; "" is DefaultStateDir.
+	// StateDir is where the record is kept, in views/ below it; "" is statedir.Default.
 	StateDir string
 	// Label tells the sets of one instance from those of others; KeepLast counts per label.
 	Label string
@@ -540,7 +541,7 @@ func exists(path string) bool {
 //
 // Errors: fs.ErrNotExist if there is none of that name on record; ErrGone.
 func OpenKept(ctx context.Context, drivers []Driver, name string, o Options) (*Set, error) {
-	dir, err := viewsState(o.StateDir)
+	dir, err := statedir.Path(o.StateDir, viewsSub)
 	if err != nil {
 		return nil, err
 	}

@@ -3,11 +3,7 @@
 // take the same archives for good.
 package pax
 
-import (
-	"fmt"
-	"strconv"
-	"strings"
-)
+import "strings"
 
 // Keys of the records that Holdfast adds. Other readers pass them over.
 const (
@@ -47,31 +43,4 @@ func XattrName(escaped string) string {
 		return escaped
 	}
 	return unescape.Replace(escaped)
-}
-
-// Extent is a run of bytes of a file.
-type Extent struct{ Off, Len int64 }
-
-// End is the offset of the first byte after x.
-func (x Extent) End() int64 { return x.Off + x.Len }
-
-// ParseHoles reads the list of the holes of a file of size bytes: "offset:length,...", decimal,
-// ascending, apart, within the file. The empty list is "".
-func ParseHoles(s string, size int64) ([]Extent, error) {
-	if s == "" {
-		return nil, nil
-	}
-	var out []Extent
-	last := int64(0)
-	for part := range strings.SplitSeq(s, ",") {
-		a, b, ok := strings.Cut(part, ":")
-		off, err1 := strconv.ParseUint(a, 10, 63)
-		n, err2 := strconv.ParseUint(b, 10, 63)
-		if !ok || err1 != nil || err2 != nil || n == 0 || int64(off) < last || int64(n) > size || int64(off) > size-int64(n) {
-			return nil, fmt.Errorf("the list of holes is damaged at %q", part)
-		}
-		out = append(out, Extent{int64(off), int64(n)})
-		last = int64(off + n)
-	}
-	return out, nil
 }

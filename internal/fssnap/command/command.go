@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-backup/holdfast/internal/fssnap"
+	"github.com/holdfast-backup/holdfast/internal/statedir"
 )
 
 // Options are those of a Driver.
@@ -74,22 +75,14 @@ type note struct {
 	Destroy string      `json:"destroy"`
 }
 
-func (d *Driver) dir() (string, error) {
-	state := d.o.StateDir
-	if state == "" {
-		var err error
-		if state, err = fssnap.DefaultStateDir(); err != nil {
-			return "", err
-		}
-	}
-	return filepath.Join(state, "views", "command"), nil
-}
+// notesSub is where the notes lie in the state directory.
+var notesSub = filepath.Join("views", "command")
 
 func (d *Driver) file(name string) (string, error) {
 	if _, ok := fssnap.ParseName(name); !ok {
 		return "", fmt.Errorf("%q is not the name of a view", name)
 	}
-	dir, err := d.dir()
+	dir, err := statedir.Path(d.o.StateDir, notesSub)
 	return filepath.Join(dir, name+".json"), err
 }
 
@@ -98,41 +91,10 @@ func (d *Driver) write(n note) error {
 	if err != nil {
 		return err
 	}
-	if err := os.MkdirAll(filepath.Dir(file), 0o700); err != nil {
+	if _, err := statedir.Make(d.o.StateDir, notesSub); err != nil {
 		return err
 	}
-	data, err := json.MarshalIndent(n, "", "  ")
-	if err != nil {
-		return err
-	}
-	tmp, err := os.CreateTemp(filepath.Dir(file), n.View.Name+".*.tmp") // mode 0600
-	if err != nil {
-		return err
-	}
-	_, err = tmp.Write(append(data, '\n'))
-	if err == nil {
-		err = tmp.Sync()
-	}
-	if cerr := tmp.Close(); err == nil {
-		err = cerr
-	}
-	if err == nil {
-		err = os.Rename(tmp.Name(), file)
-	}
-	if err != nil {
-		_ = os.Remove(tmp.Name())
-		return err
-	}
-	return syncDir(filepath.Dir(file))
-}
-
-func syncDir(path string) error {
-	f, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	return f.Sync()
+	return statedir.Write(file, n)
 }
 
 // read returns the note of a view.
@@ -230,21 +192,10 @@ func (d *Driver) run(ctx context.Context, command string, v fssnap.View) ([]byte
 
 // List implements fssnap.Driver: it reads the notes in the state directory, and needs no roots.
 func (d *Driver) List(context.Context, ...string) ([]fssnap.View, error) {
-	dir, err := d.dir()
-	if err != nil {
-		return nil, err
-	}
-	entries, err := os.ReadDir(dir)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
+	_, names, err := statedir.Names(d.o.StateDir, notesSub, ".json")
 	var list []fssnap.View
 	errs := []error{err}
-	for _, e := range entries {
-		name, ok := strings.CutSuffix(e.Name(), ".json")
-		if !ok {
-			continue
-		}
+	for _, name := range names {
 		n, err := d.read(name)
 		if err != nil {
 			errs = append(errs, err)
@@ -295,8 +246,5 @@ func (d *Driver) Remove(ctx context.Context, v fssnap.View) error {
 	if err != nil {
 		return err
 	}
-	if err := os.Remove(file); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	return syncDir(filepath.Dir(file))
+	return statedir.Remove(file)
 }
