@@ -10,6 +10,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/holdfast-backup/holdfast/internal/pax"
 	"github.com/holdfast-backup/holdfast/internal/repo/id"
@@ -54,6 +55,22 @@ func (c *Cache) Knows(d id.ID) bool { return c != nil && c.Snapshot == d }
 
 func newCache() *Cache {
 	return &Cache{spaces: map[string]*cachedSpace{}, plain: map[string]*cachedPlain{}}
+}
+
+// carryPlain takes over what old knows of a data set that was not read.
+func (c *Cache) carryPlain(old *Cache, name string) {
+	if p := old.plain[name]; p != nil {
+		c.plain[name] = p
+	}
+}
+
+// carryStore takes over what old knows of a store that was not read.
+func (c *Cache) carryStore(old *Cache, name string) {
+	for key, s := range old.spaces {
+		if strings.HasPrefix(key, name+"/") {
+			c.spaces[key] = s
+		}
+	}
 }
 
 // cacheMagic names the format; another number is another format, and then the cache is not used.

@@ -3,8 +3,8 @@
 // reads it proves: every blob that metadata names must be there, with the size and the checksum that
 // the server recorded.
 //
-// Start at [Run]. The tree of a snapshot depends on the data alone: two captures of the same picture
-// give the same tree.
+// Start at [Run], or at [New] where a part of the picture holds still longer than the rest. The tree of
+// a snapshot depends on the data alone: two captures of the same picture give the same tree.
 package capture
 
 import (
@@ -41,7 +41,7 @@ type Repository interface {
 // Options say what to capture. The zero value of each field is a sensible default.
 type Options struct {
 	Instance *ocis.Instance
-	// View translates a path of the instance to the place where its still picture is; nil: itself.
+	// View and PictureAt are those of the one Part that Run reads.
 	View func(path string) string
 	// Exclude names data sets to leave out.
 	Exclude map[string]bool
@@ -50,8 +50,7 @@ type Options struct {
 	// Known is what the trees of the last snapshot say of blobs, for where the cache knows nothing.
 	Known *Known
 	// FullScan reads everything again and uses nothing of the last run.
-	FullScan bool
-	// PictureAt is when the picture was made; zero: it is being made, everything holds still.
+	FullScan  bool
 	PictureAt time.Time
 	// Warm captures a running instance for the sake of the cache and of what is stored: what changes
 	// meanwhile is passed over without a word, and the result must not become a snapshot.
@@ -70,6 +69,17 @@ type SoftwareFile struct {
 	Path string
 	Data []byte
 	Open func(ctx context.Context) (io.ReadCloser, error)
+}
+
+// Part is what one call of Read takes. The zero value is all that was not read yet, where it lies.
+type Part struct {
+	// Has tells which data sets and stores belong to it, by the place of their root in the instance;
+	// nil: all that were not read yet, and what is no data: the environment, the software.
+	Has func(root string) bool
+	// View translates a path of the instance to the place where its still picture is; nil: itself.
+	View func(path string) string
+	// PictureAt is when the picture was made; zero: it is being made, everything holds still.
+	PictureAt time.Time
 }
 
 // Result is what a capture made. Root, the manifest and the README are not written yet: see Finish.
@@ -99,7 +109,13 @@ type capturer struct {
 	target  Target
 	saver   *saver
 	slots   chan struct{}
+
+	part    Part // that is being read, View is set
 	started time.Time
+	root    *folder
+	sets    map[int]snapshot.DataSet // what was read, by its place in the instance
+	found   map[int]snapshot.Store
+	kept    *snapshot.Software
 
 	entries   atomic.Int64
 	files     atomic.Int64
@@ -107,16 +123,26 @@ type capturer struct {
 	bytes     atomic.Int64
 	bytesRead atomic.Int64
 	listed    atomic.Int64
-	// linkGroups numbers the hard-link groups of plain data.
-	linkGroups uint64
 
 	mu    sync.Mutex
 	proof snapshot.Proof
 	next  *Cache
 }
 
-// Run captures everything but the manifest.
+// Run captures everything but the manifest in one go.
 func Run(ctx context.Context, r Repository, t Target, o Options) (*Result, error) {
+	c := New(r, t, o)
+	if err := c.Read(ctx, Part{View: o.View, PictureAt: o.PictureAt}); err != nil {
+		return nil, err
+	}
+	return c.Result(), nil
+}
+
+// A Capture reads one picture in parts. It is for one goroutine.
+type Capture struct{ c *capturer }
+
+// New begins a capture and reads nothing.
+func New(r Repository, t Target, o Options) *Capture {
 	if o.Workers <= 0 {
 		// Twice the processors keep the disk busy; each holds up to 8 MiB, so not without bound.
 		o.Workers = min(2*runtime.GOMAXPROCS(0), 16)
@@ -124,49 +150,100 @@ func Run(ctx context.Context, r Repository, t Target, o Options) (*Result, error
 	if o.Now == nil {
 		o.Now = time.Now
 	}
-	if o.View == nil {
-		o.View = func(p string) string { return p }
-	}
 	if o.Cache == nil {
 		o.Cache = newCache()
 	}
 	c := &capturer{
 		opts: o, repo: r, target: t,
-		slots:   make(chan struct{}, o.Workers),
-		started: o.Now(),
-		next:    newCache(),
-	}
-	if !o.PictureAt.IsZero() {
-		c.started = o.PictureAt
+		slots: make(chan struct{}, o.Workers),
+		root:  newFolder(), sets: map[int]snapshot.DataSet{}, found: map[int]snapshot.Store{},
+		next: newCache(),
 	}
 	c.saver = newSaver(t, r.ChunkerSeed(), &c.bytesRead)
 	c.proof.Missing = []snapshot.Missing{}
-	inst := o.Instance
-	m := snapshot.Manifest{
-		Product: string(inst.Product), ProductVersion: inst.Version, Setup: inst.Setup,
-		BasePath: inst.BasePath, ConfigDir: inst.ConfigDir, URL: inst.URL,
+	return &Capture{c}
+}
+
+// Read reads a part. After an error the capture is of no more use.
+func (c *Capture) Read(ctx context.Context, p Part) error { return c.c.read(ctx, p) }
+
+func (c *capturer) read(ctx context.Context, p Part) error {
+	if p.View == nil {
+		p.View = func(p string) string { return p }
+	}
+	c.part, c.started = p, c.opts.Now()
+	if !p.PictureAt.IsZero() {
+		c.started = p.PictureAt
 	}
 	stop := c.report(ctx)
 	defer stop()
-	root := newFolder()
-	if err := c.plainData(ctx, root, &m); err != nil {
-		return nil, err
+	if err := c.plainData(ctx); err != nil {
+		return err
 	}
-	if err := c.stores(ctx, root, &m); err != nil {
-		return nil, err
+	if err := c.stores(ctx); err != nil {
+		return err
 	}
-	if err := c.software(ctx, root, &m); err != nil {
-		return nil, err
+	if p.Has != nil {
+		return nil
+	}
+	if err := c.environment(ctx); err != nil {
+		return err
+	}
+	return c.software(ctx)
+}
+
+// wanted tells whether the data set or store i at root is to be read now.
+func (c *capturer) wanted(root string, read bool) bool {
+	return !read && (c.part.Has == nil || c.part.Has(root))
+}
+
+// Result tells what was read. What was not is not in it, but for what the cache knows of it.
+func (c *Capture) Result() *Result { return c.c.result() }
+
+func (c *capturer) result() *Result {
+	inst := c.opts.Instance
+	m := snapshot.Manifest{
+		Product: string(inst.Product), ProductVersion: inst.Version, Setup: inst.Setup,
+		BasePath: inst.BasePath, ConfigDir: inst.ConfigDir, URL: inst.URL, Stores: []snapshot.Store{}, Software: c.kept,
+	}
+	// Plain data first, then store by store.
+	for i := range inst.DataSets {
+		if d := &inst.DataSets[i]; d.Store == "" {
+			m.DataSets = append(m.DataSets, c.described(i))
+			if _, read := c.sets[i]; !read {
+				c.next.carryPlain(c.opts.Cache, d.Name)
+			}
+		}
+	}
+	for k := range inst.Stores {
+		for i := range inst.DataSets {
+			if inst.DataSets[i].Store == inst.Stores[k].Name {
+				m.DataSets = append(m.DataSets, c.described(i))
+			}
+		}
+		if s, ok := c.found[k]; ok {
+			m.Stores = append(m.Stores, s)
+		} else {
+			c.next.carryStore(c.opts.Cache, inst.Stores[k].Name)
+		}
 	}
 	c.judge(&m)
 	m.Proof = c.proof
 	return &Result{
-		Manifest: m, root: root, c: c, Cache: c.next,
+		Manifest: m, root: c.root, c: c, Cache: c.next,
 		Stats: Stats{
 			Entries: c.entries.Load(), Files: c.files.Load(), Dirs: c.dirs.Load(),
 			Bytes: c.bytes.Load(), BytesRead: c.bytesRead.Load(), DirsListed: c.listed.Load(),
 		},
-	}, nil
+	}
+}
+
+// described is what the manifest says of the data set i.
+func (c *capturer) described(i int) snapshot.DataSet {
+	if md, ok := c.sets[i]; ok {
+		return md
+	}
+	return manifestDataSet(&c.opts.Instance.DataSets[i])
 }
 
 // Finish writes the manifest and the README, and returns the root tree. The caller has filled in what
@@ -342,10 +419,10 @@ func (c *capturer) judge(m *snapshot.Manifest) {
 }
 
 // software saves what runs the instance.
-func (c *capturer) software(ctx context.Context, root *folder, m *snapshot.Manifest) error {
+func (c *capturer) software(ctx context.Context) error {
 	sw := c.opts.Instance.Software
 	out := snapshot.Software{BinaryPath: sw.Binary, Image: sw.Image, ImageDigest: sw.ImageDigest}
-	f := root.sub("software")
+	f := c.root.sub("software")
 	for name, file := range c.opts.Software {
 		if file.Open != nil {
 			n, err := c.streamNode(ctx, name, file.Open)
@@ -364,7 +441,7 @@ func (c *capturer) software(ctx context.Context, root *folder, m *snapshot.Manif
 			f.put(n, "")
 			continue
 		}
-		n, err := c.singleFile(ctx, c.opts.View(file.Path), name)
+		n, err := c.singleFile(ctx, c.part.View(file.Path), name)
 		if err != nil {
 			return fmt.Errorf("save the software: %w", err)
 		}
@@ -372,7 +449,7 @@ func (c *capturer) software(ctx context.Context, root *folder, m *snapshot.Manif
 		out.Binary, out.BinaryPath = "/software/"+name, file.Path
 	}
 	if out != (snapshot.Software{}) {
-		m.Software = &out
+		c.kept = &out
 	}
 	return nil
 }
@@ -425,30 +502,31 @@ func (c *capturer) singleFile(ctx context.Context, file, name string) (*snapshot
 	return n, nil
 }
 
-// stores captures all storage roots.
-func (c *capturer) stores(ctx context.Context, root *folder, m *snapshot.Manifest) error {
-	m.Stores = []snapshot.Store{}
-	for _, d := range c.opts.Instance.DataSets {
-		if d.Store != "" && c.opts.Instance.Store(d.Store) == nil {
+// stores captures the storage roots of this part.
+func (c *capturer) stores(ctx context.Context) error {
+	inst := c.opts.Instance
+	for _, d := range inst.DataSets {
+		if d.Store != "" && inst.Store(d.Store) == nil {
 			return fmt.Errorf("data set %s belongs to a store %q that is not known", d.Name, d.Store)
 		}
 	}
-	for i := range c.opts.Instance.Stores {
-		s := &c.opts.Instance.Stores[i]
-		ms := snapshot.Store{Name: s.Name, Root: s.Root, Driver: s.Driver, Layout: string(s.Layout), Prefix: s.Prefix, Spaces: []snapshot.Space{}}
-		var found bool
-		for _, d := range c.opts.Instance.DataSets {
-			if d.Store != s.Name {
-				continue
+	for k := range inst.Stores {
+		s := &inst.Stores[k]
+		if _, read := c.found[k]; !c.wanted(s.Root, read) {
+			continue
+		}
+		var sets []int
+		found := false
+		for i := range inst.DataSets {
+			if d := &inst.DataSets[i]; d.Store == s.Name {
+				sets = append(sets, i)
+				found = found || d.Found
 			}
-			found = found || d.Found
-			md := manifestDataSet(&d)
-			md.Store, md.Tree, md.Captured = s.Name, "/storage/"+s.Name, d.Found
-			m.DataSets = append(m.DataSets, md)
 		}
 		if !found {
 			continue
 		}
+		ms := snapshot.Store{Name: s.Name, Root: s.Root, Driver: s.Driver, Layout: string(s.Layout), Prefix: s.Prefix, Spaces: []snapshot.Space{}}
 		sc, err := c.newStore(s)
 		if err != nil {
 			return err
@@ -458,27 +536,34 @@ func (c *capturer) stores(ctx context.Context, root *folder, m *snapshot.Manifes
 		if err != nil {
 			return fmt.Errorf("capture store %s (%s): %w", s.Name, s.Root, err)
 		}
-		root.sub("storage").folders[s.Name] = f
-		for i := range m.DataSets {
-			d := &m.DataSets[i]
+		c.root.sub("storage").folders[s.Name] = f
+		c.found[k] = ms
+		for _, i := range sets {
+			d := &inst.DataSets[i]
+			md := manifestDataSet(d)
+			md.Captured = d.Found
 			switch {
-			case d.Store != s.Name || !d.Captured:
-			case d.Kind == string(ocis.Blobs):
-				d.Entries, d.Bytes = sc.blobEntries.Load(), sc.blobBytes.Load()
+			case !d.Found:
+			case d.Kind == ocis.Blobs:
+				md.Entries, md.Bytes = sc.blobEntries.Load(), sc.blobBytes.Load()
 			default:
-				d.Entries, d.Bytes = sc.metaEntries.Load(), sc.metaBytes.Load()
+				md.Entries, md.Bytes = sc.metaEntries.Load(), sc.metaBytes.Load()
 			}
+			c.sets[i] = md
 		}
-		m.Stores = append(m.Stores, ms)
 	}
 	return nil
 }
 
 func manifestDataSet(d *ocis.DataSet) snapshot.DataSet {
-	return snapshot.DataSet{
+	md := snapshot.DataSet{
 		Name: d.Name, Kind: string(d.Kind), Path: d.Path, ServerPath: d.ServerPath, Class: string(d.Class),
-		Filesystem: d.Filesystem, Entries: d.Entries, Bytes: d.Bytes,
+		Filesystem: d.Filesystem, Entries: d.Entries, Bytes: d.Bytes, Store: d.Store,
 	}
+	if d.Store != "" {
+		md.Tree = "/storage/" + d.Store
+	}
+	return md
 }
 
 // group of goroutines with the run's limit on how many things go on at once.

@@ -17,12 +17,11 @@ import (
 	"github.com/holdfast-backup/holdfast/internal/snapshot"
 )
 
-// plainData captures the data sets that are plain files: config and system data, and what configures
-// the instance from outside.
-func (c *capturer) plainData(ctx context.Context, root *folder, m *snapshot.Manifest) error {
+// plainData captures the data sets of this part that are plain files: config and system data.
+func (c *capturer) plainData(ctx context.Context) error {
 	for i := range c.opts.Instance.DataSets {
 		d := &c.opts.Instance.DataSets[i]
-		if d.Store != "" {
+		if _, read := c.sets[i]; d.Store != "" || !c.wanted(d.Path, read) {
 			continue
 		}
 		md := manifestDataSet(d)
@@ -30,11 +29,11 @@ func (c *capturer) plainData(ctx context.Context, root *folder, m *snapshot.Mani
 		case c.opts.Exclude[d.Name]:
 			md.Excluded = true
 		case d.Found:
-			parent, name := root.sub("system"), d.Name
+			parent, name := c.root.sub("system"), d.Name
 			if d.Kind == ocis.Config && d.Name == "config" {
-				parent, name = root.sub("config"), "files"
+				parent, name = c.root.sub("config"), "files"
 			}
-			n, entries, bytes, err := c.plainSet(ctx, d, name)
+			n, entries, bytes, err := c.plainSet(ctx, i, name)
 			if err != nil {
 				return fmt.Errorf("capture %s (%s): %w", d.Name, d.Path, err)
 			}
@@ -42,22 +41,27 @@ func (c *capturer) plainData(ctx context.Context, root *folder, m *snapshot.Mani
 				parent, md.Tree = parent.sub(name), inSnapshot("system", name, n.Name)
 			} else {
 				md.Tree = inSnapshot("system", name)
-				if parent == root.folders["config"] {
+				if parent == c.root.folders["config"] {
 					md.Tree = "/config/files"
 				}
 			}
 			parent.kids[n.Name] = n
 			md.Captured, md.Entries, md.Bytes = true, entries, bytes
 		}
-		m.DataSets = append(m.DataSets, md)
+		c.sets[i] = md
 	}
-	env := root.sub("config").sub("environment")
+	return nil
+}
+
+// environment captures what configures the instance from outside.
+func (c *capturer) environment(ctx context.Context) error {
+	env := c.root.sub("config").sub("environment")
 	for _, f := range c.opts.Instance.Environment {
 		dir, name := path.Split(path.Clean("/" + f.Name)) // cleaned: a name never leaves the folder
 		var n *snapshot.Node
 		var err error
 		if f.Path != "" {
-			n, err = c.singleFile(ctx, c.opts.View(f.Path), name)
+			n, err = c.singleFile(ctx, c.part.View(f.Path), name)
 		} else {
 			n, err = c.dataNode(ctx, name, f.Content)
 		}
@@ -76,9 +80,10 @@ type plainDir struct {
 	kids []*snapshot.Node
 }
 
-// plainSet captures one data set and returns its node, named name if it is a directory.
-func (c *capturer) plainSet(ctx context.Context, d *ocis.DataSet, name string) (top *snapshot.Node, entries, bytes int64, err error) {
-	src := c.opts.View(d.Path)
+// plainSet captures the data set i and returns its node, named name if it is a directory.
+func (c *capturer) plainSet(ctx context.Context, i int, name string) (top *snapshot.Node, entries, bytes int64, err error) {
+	d := &c.opts.Instance.DataSets[i]
+	src := c.part.View(d.Path)
 	r, err := openRoot(src)
 	if errors.Is(err, unix.ENOTDIR) {
 		n, err := c.singleFile(ctx, src, filepath.Base(src))
@@ -98,6 +103,8 @@ func (c *capturer) plainSet(ctx context.Context, d *ocis.DataSet, name string) (
 	defer det.close()
 	g, gctx := c.errgroup(ctx, cap(c.slots))
 	var links hardlinks
+	// Readers link whatever shares a pair of numbers, so that must be unique in the snapshot.
+	device, linkGroups := uint64(i+1), uint64(0)
 	groups := map[string]*snapshot.Node{} // first names of hard-link groups
 	var stack []*plainDir
 	var all []*plainDir
@@ -143,10 +150,10 @@ func (c *capturer) plainSet(ctx context.Context, d *ocis.DataSet, name string) (
 		if first := links.see(e); first != "" {
 			f := groups[first]
 			if f.Inode == 0 {
-				c.linkGroups++ // unique in the snapshot: readers link whatever shares a pair
-				f.Inode, f.DeviceID = c.linkGroups, 1
+				linkGroups++
+				f.Inode, f.DeviceID = linkGroups, device
 			}
-			n.Inode, n.DeviceID = f.Inode, 1
+			n.Inode, n.DeviceID = f.Inode, device
 			groups[e.path] = n
 		} else if e.nlink > 1 {
 			groups[e.path] = n

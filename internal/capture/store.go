@@ -70,7 +70,7 @@ type snapshotPart struct {
 const unrefStore = "_store"
 
 func (c *capturer) newStore(s *ocis.Store) (*store, error) {
-	r, err := openRoot(c.opts.View(s.Root))
+	r, err := openRoot(c.part.View(s.Root))
 	if err != nil {
 		return nil, err
 	}
