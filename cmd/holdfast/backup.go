@@ -126,8 +126,9 @@ func (a *app) backup(ctx context.Context, f *backupFlags) error {
 		if err := a.loadIndex(ctx, r); err != nil {
 			return err
 		}
+		a.warnHot(fz.Method())
 		// From here on a second signal must not end the program before the instance runs again.
-		a.held.Store(fz.Method() != "none")
+		a.held.Store(stops(fz.Method()))
 		defer a.held.Store(false)
 		res, err = backup.Run(ctx, backup.Options{
 			Instance: inst, Repo: r, Freezer: fz, Guard: guard, CacheDir: a.cacheDir(),

@@ -14,6 +14,7 @@ import (
 	"github.com/holdfast-backup/holdfast/internal/freeze/auto"
 	"github.com/holdfast-backup/holdfast/internal/ocis"
 	"github.com/holdfast-backup/holdfast/internal/progress"
+	"github.com/holdfast-backup/holdfast/internal/snapshot"
 	"github.com/holdfast-backup/holdfast/internal/ui"
 )
 
@@ -76,6 +77,10 @@ var ways = []way{
 	{
 		word: "none", does: "it is stopped already, which is checked",
 		make: func(r freezeRequest) (freeze.Freezer, error) { return freeze.None{Progress: r.sink}, nil },
+	},
+	{
+		word: freeze.KindViewOnly, does: "nothing is stopped: only views that are of one instant\nare read, as a power cut would leave them",
+		make: func(freezeRequest) (freeze.Freezer, error) { return freeze.ViewOnly{}, nil },
 	},
 	{
 		word: "command", does: "--stop-command stops it,\n--start-command starts it again",
@@ -205,6 +210,16 @@ func (f *freezeFlags) freezer(pid int, sink progress.Sink) (freeze.Freezer, erro
 	return nil, ui.WithHints(usageError("--freeze is %s; %q is not known", strings.Join(wayWords(), ", "), method), hint)
 }
 
+// stops tells whether a way of freezing stops anything.
+func stops(method string) bool { return method != freeze.KindNone && method != freeze.KindViewOnly }
+
+// warnHot says what a backup of a running instance is worth.
+func (a *app) warnHot(method string) {
+	if method == freeze.KindViewOnly {
+		a.ui.Warn("--freeze view-only: %s", snapshot.CrashWarning)
+	}
+}
+
 // hintRunning tells what to do about an instance that runs although it must not, by the way that was
 // to hold it still.
 func hintRunning(err error, method string) error {
@@ -241,7 +256,7 @@ func explainNotReady(err error) error {
 // downtimeLine says how long the instance was not available; "" if nothing was stopped.
 func downtimeLine(r freeze.Record) string {
 	switch {
-	case r.Method == freeze.KindNone || r.Stopped.IsZero():
+	case !stops(r.Method) || r.Stopped.IsZero():
 		return ""
 	case r.Started.IsZero():
 		return fmt.Sprintf("not available since %s, by %s", localTime(r.Stopping), r.Method)

@@ -266,6 +266,7 @@ type restoreSummary struct {
 	Seconds      float64  `json:"seconds"`
 	Environment  []string `json:"environment"`
 	IndexMissing bool     `json:"index_missing"`
+	Crash        bool     `json:"crash_consistent,omitempty"`
 }
 
 func (a *app) showRestore(sn *snapshot.Snapshot, plan *restore.Plan, res *restore.Result, env []environmentFile, f *restoreFlags) {
@@ -275,7 +276,7 @@ func (a *app) showRestore(sn *snapshot.Snapshot, plan *restore.Plan, res *restor
 	}
 	if a.ui.JSON() {
 		a.ui.Object(restoreSummary{
-			"summary", "restore", f.dryRun, sn.ID().String(), res, res.Elapsed.Seconds(), names, indexMissing(plan.Manifest),
+			"summary", "restore", f.dryRun, sn.ID().String(), res, res.Elapsed.Seconds(), names, indexMissing(plan.Manifest), plan.Manifest.Freeze.CrashConsistent,
 		})
 		return
 	}

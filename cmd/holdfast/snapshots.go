@@ -59,6 +59,7 @@ type snapshotRow struct {
 	ProductVersion string    `json:"product_version,omitempty"`
 	Complete       *bool     `json:"complete,omitempty"` // absent: not one of Holdfast's
 	Missing        int       `json:"missing,omitempty"`
+	Crash          bool      `json:"crash_consistent,omitempty"`
 	Spaces         *int      `json:"spaces,omitempty"`
 	Files          *int64    `json:"files,omitempty"`
 	Bytes          *int64    `json:"bytes,omitempty"`
@@ -133,7 +134,7 @@ func describe(ctx context.Context, r *repo.Repository, s *snapshot.Snapshot) (*s
 		}
 	}
 	row.Product, row.ProductVersion = m.Product, m.ProductVersion
-	row.Complete, row.Missing = &m.Proof.Complete, len(m.Proof.Missing)
+	row.Complete, row.Missing, row.Crash = &m.Proof.Complete, len(m.Proof.Missing), m.Freeze.CrashConsistent
 	row.Spaces, row.Files, row.Bytes = &spaces, &files, &bytes
 	return row, nil
 }
@@ -149,6 +150,9 @@ func (r *snapshotRow) cells() []string {
 				complete += ", " + strconv.Itoa(r.Missing) + " missing"
 			}
 		}
+	}
+	if r.Crash {
+		complete += ", of a running instance"
 	}
 	if r.Spaces != nil {
 		spaces = strconv.Itoa(*r.Spaces)

@@ -22,7 +22,6 @@ import (
 	"github.com/holdfast-backup/holdfast/internal/freeze"
 	"github.com/holdfast-backup/holdfast/internal/fssnap"
 	"github.com/holdfast-backup/holdfast/internal/ocis"
-	"github.com/holdfast-backup/holdfast/internal/progress"
 	"github.com/holdfast-backup/holdfast/internal/snapshot"
 	"github.com/holdfast-backup/holdfast/internal/ui"
 )
@@ -130,13 +129,14 @@ func (a *app) withView(ctx context.Context, f *withViewFlags, argv []string) err
 			a.ui.Warn("a view is left behind: %v", err)
 		}
 	}()
-	a.held.Store(fz.Method() != freeze.KindNone)
+	a.warnHot(fz.Method())
+	a.held.Store(stops(fz.Method()))
 	defer a.held.Store(false)
 	guard := f.freeze.guard(a)
 	guard.Progress = a.untilThawed(sink)
 	made := false
 	rec, err := freeze.Guarded(ctx, fz, inst, guard, func(ctx context.Context) error {
-		if err := makeViews(ctx, set, inst, sink); err != nil {
+		if err := backup.MakeViews(ctx, set, inst, fz.Method(), sink); err != nil {
 			return err
 		}
 		made = true
@@ -200,21 +200,6 @@ func (a *app) planViews(ctx context.Context, inst *ocis.Instance, drivers []fssn
 			"--view-create and --view-destroy make views by commands of your own; `holdfast backup` needs none.")
 	}
 	return set, nil
-}
-
-// makeViews makes the views while nothing writes, and compares a sample with the source.
-func makeViews(ctx context.Context, set *fssnap.Set, inst *ocis.Instance, sink progress.Sink) error {
-	sink.Emit(progress.Event{Kind: progress.Start, Phase: "view"})
-	defer sink.Emit(progress.Event{Kind: progress.Finish, Phase: "view"})
-	if err := set.Create(ctx); err != nil {
-		return err
-	}
-	var roots []string
-	for _, s := range inst.Stores {
-		roots = append(roots, s.Root)
-	}
-	_, err := set.Verify(ctx, fssnap.VerifyOptions{Roots: roots, Frozen: true})
-	return err
 }
 
 // viewPlace is a path and where its view is.
@@ -365,7 +350,7 @@ type withViewSummary struct {
 
 func (a *app) showWithView(rec freeze.Record, set *fssnap.Set, err error) {
 	if !a.ui.JSON() {
-		if rec.Downtime > 0 && rec.Method != freeze.KindNone {
+		if rec.Downtime > 0 && stops(rec.Method) {
 			a.ui.Info("the instance was stopped for %.1f s, by %s", rec.Downtime.Seconds(), rec.Method)
 		}
 		return

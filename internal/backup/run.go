@@ -3,6 +3,7 @@
 package backup
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	_ "embed"
@@ -36,6 +37,9 @@ import (
 //go:embed README.snapshot.md
 var readme []byte
 
+// DefaultTargetDowntime is what users hardly notice beside the server's own stop and start.
+const DefaultTargetDowntime = 5 * time.Second
+
 // Options of one backup. Repo must be locked and its index loaded.
 type Options struct {
 	Instance *ocis.Instance
@@ -50,15 +54,15 @@ type Options struct {
 	SaveImage                       bool
 	Hostname                        string
 	Tags                            []string
-	// Views are the drivers that may hold the data still while the service runs again: where they cover
-	// every data set, the service is down only while they work. Else everything is read during the freeze.
+	// Views are the drivers that may hold the data still while the service runs again. What they cannot
+	// hold still is read during the freeze.
 	Views []fssnap.Driver
 	// KeepViews leaves the last views on the file systems, as a fast way back.
 	KeepViews int
 	// Cold leaves out the warm copy: what is read while the service still runs, so that the freeze
 	// has to take only what changed since.
 	Cold bool
-	// TargetDowntime ends the warm copy: a pass that takes less is good enough. Zero: 5 s.
+	// TargetDowntime ends the warm copy: a pass that takes less is good enough. Zero: DefaultTargetDowntime.
 	TargetDowntime time.Duration
 	// DryRun reads and proves, and writes nothing into the repository.
 	DryRun bool
@@ -89,61 +93,49 @@ type Stats struct {
 // Run makes one snapshot. A snapshot whose proof is not complete is kept and named so: look at
 // Result.Manifest.Proof.
 //
-// Errors: *freeze.BusyError if the instance runs although it must not; *fssnap.LossyViewError if a view
-// lost something; freeze.ErrNotStarted if the instance did not come back, also beside a Result: the
+// Errors: *freeze.BusyError if the instance runs although it must not; *HotError if it was to run and
+// must not; *fssnap.LossyViewError if a view lost something; freeze.ErrNotStarted if the instance did not come back, also beside a Result: the
 // snapshot is good then.
 func Run(ctx context.Context, o Options) (*Result, error) {
 	b, err := prepare(ctx, &o)
 	if err != nil {
 		return nil, err
 	}
-	set, err := b.views(ctx)
-	if err != nil {
+	// Which data sets can be held still by views, and which must be copied while nothing writes.
+	if err := b.planViews(ctx); err != nil {
 		return nil, err
 	}
-	keep := false // only views of a good snapshot are a way back
-	if set != nil {
-		defer func() {
-			if !keep {
-				set.Discard()
-			}
-			if err := set.Close(context.WithoutCancel(ctx)); err != nil {
-				o.warn("a view is left behind: %v; `holdfast views --remove` removes it", err)
-			}
-		}()
-	} else if err := b.warm(ctx); err != nil {
+	defer func() { b.closeViews(ctx) }()
+	if err := b.warm(ctx); err != nil {
 		return nil, err
 	}
 
 	// From here to the thaw the service may be down: nothing that can wait is done in between.
-	var got *capture.Result
-	rec, err := freeze.Guarded(ctx, o.Freezer, o.Instance, o.Guard, func(ctx context.Context) error {
-		if set != nil {
-			return b.makeViews(ctx, set)
+	rec, down := freeze.Guarded(ctx, o.Freezer, o.Instance, o.Guard, func(ctx context.Context) error {
+		if err := b.makeViews(ctx); err != nil {
+			return err
 		}
-		var err error
-		got, err = b.capture(ctx, capture.Options{})
-		return err
+		if err := b.readFrozen(ctx); err != nil {
+			return err
+		}
+		b.taken = true
+		return nil
 	})
 	// A service that did not come back is reported, but what was taken is taken.
-	taken := got != nil || set != nil && b.pictureAt != (time.Time{})
-	if err != nil && !(errors.Is(err, freeze.ErrNotStarted) && taken && ctx.Err() == nil) {
-		return nil, err
-	}
-	down := err
-	if set != nil {
-		if got, err = b.captureViews(ctx, set); err != nil {
-			return nil, errors.Join(err, down)
-		}
+	if down != nil && !(errors.Is(down, freeze.ErrNotStarted) && b.taken && ctx.Err() == nil) {
+		return nil, down
 	}
 
+	if err := b.readRest(ctx); err != nil {
+		return nil, errors.Join(err, down)
+	}
+	got := b.capture.Result()
 	m := &got.Manifest
-	m.Holdfast, m.Freeze, m.Views = o.Version, FreezeRecord(rec), viewRecords(set, o.Instance)
+	m.Holdfast, m.Freeze, m.Views = o.Version, FreezeRecord(rec), b.viewRecords()
 	res, err := b.commit(ctx, got)
 	if err != nil {
 		return nil, errors.Join(err, down)
 	}
-	keep = !o.DryRun
 	b.remember(res, got.Cache)
 	return res, down
 }
@@ -160,7 +152,9 @@ type run struct {
 	software  map[string]capture.SoftwareFile
 	writer    *repo.Writer // nil: dry run
 	dry       *dryTarget
-	pictureAt time.Time // when the views were made
+	views     views
+	capture   *capture.Capture
+	taken     bool // the picture is complete: what is not read yet, views hold still
 }
 
 // prepare does what can be done while the service runs.
@@ -203,126 +197,79 @@ func (b *run) target() capture.Target {
 	return b.writer
 }
 
-// capture reads the instance, or its views, with what this run knows of the last one.
-func (b *run) capture(ctx context.Context, c capture.Options) (*capture.Result, error) {
+// newCapture begins a capture with what this run knows of the last one.
+func (b *run) newCapture(warm bool) *capture.Capture {
 	o := b.o
-	c.Instance, c.Exclude, c.Software = o.Instance, excluded(o), b.software
-	c.Cache, c.Known, c.FullScan = b.cache, b.known, o.FullScan
-	c.Progress, c.Now = o.Progress, o.Now
-	return capture.Run(ctx, o.Repo, b.target(), c)
+	return capture.New(o.Repo, b.target(), capture.Options{
+		Instance: o.Instance, Exclude: excluded(o), Software: b.software, Cache: b.cache, Known: b.known,
+		FullScan: o.FullScan, Warm: warm, Progress: o.Progress, Now: o.Now,
+	})
 }
 
-// warm copies while the service runs, again and again as long as it helps: blobs are written once, so
-// what is stored now need not be read during the freeze. It makes no snapshot. What it reads of files
-// that change meanwhile is of no use and does no harm: the frozen pass compares everything again.
+// warm copies what has no view while the service runs, again and again as long as it helps: blobs are
+// written once, so what is stored now need not be read during the freeze. It makes no snapshot. What it
+// reads of files that change meanwhile is of no use and does no harm: the frozen pass compares everything
+// again.
 func (b *run) warm(ctx context.Context) error {
 	o := b.o
-	if o.Cold || o.DryRun || o.FullScan || o.Freezer.Method() == freeze.KindNone {
+	if o.Cold || o.DryRun || o.FullScan || b.views.all() || o.Freezer.Method() == freeze.KindNone {
 		return nil
 	}
-	target := o.TargetDowntime
-	if target <= 0 {
-		target = 5 * time.Second
-	}
-	const passes = 4
-	last := time.Duration(math.MaxInt64)
-	for pass := 1; pass <= passes; pass++ {
+	return repeat(cmp.Or(o.TargetDowntime, DefaultTargetDowntime), time.Now, func(pass int) (bool, error) {
 		began := time.Now()
-		got, err := b.capture(ctx, capture.Options{Warm: true})
+		c := b.newCapture(true)
+		err := c.Read(ctx, capture.Part{Has: b.views.cold})
 		if errors.Is(err, fs.ErrNotExist) && ctx.Err() == nil {
-			return nil // a space was removed in the middle: what was copied until then is still of use
+			return false, nil // a space was removed in the middle: what was copied until then is still of use
+		}
+		if err == nil {
+			// Durable and in the index, so that the next pass can count on it.
+			err = b.writer.Flush(ctx)
 		}
 		if err != nil {
-			return fmt.Errorf("warm copy: %w", err)
+			return false, fmt.Errorf("warm copy: %w", err)
 		}
-		// Durable and in the index, so that the next pass can count on it.
-		if err := b.writer.Flush(ctx); err != nil {
-			return fmt.Errorf("warm copy: %w", err)
-		}
+		got := c.Result()
 		b.cache = got.Cache
-		took := time.Since(began)
 		o.Progress.Emit(progress.Event{Kind: progress.Verbose, Phase: "warm",
-			Message: fmt.Sprintf("warm pass %d took %.1f s and read %d bytes", pass, took.Seconds(), got.Stats.BytesRead)})
-		if took <= target || took > last*3/4 {
-			return nil
+			Message: fmt.Sprintf("warm pass %d took %.1f s and read %d bytes", pass, time.Since(began).Seconds(), got.Stats.BytesRead)})
+		return true, nil
+	})
+}
+
+// repeat makes passes until one takes no longer than target, which is what the frozen pass may take, or
+// is not at least a quarter shorter than the one before: then it is the scan that takes the time, or the
+// service writes as fast as we read. It ends, because times shrink below any target. A pass that returns
+// false is the last one.
+func repeat(target time.Duration, now func() time.Time, pass func(n int) (bool, error)) error {
+	last := time.Duration(math.MaxInt64)
+	for n := 1; ; n++ {
+		began := now()
+		again, err := pass(n)
+		took := now().Sub(began)
+		if err != nil || !again || took <= target || took > last/4*3 {
+			return err
 		}
 		last = took
 	}
-	return nil
 }
 
-// views finds out whether all data sets can be held still. nil: at least one cannot.
-func (b *run) views(ctx context.Context) (*fssnap.Set, error) {
-	o := b.o
-	if len(o.Views) == 0 {
-		return nil, nil
+// readFrozen reads what has no view while nothing writes.
+func (b *run) readFrozen(ctx context.Context) error {
+	b.capture = b.newCapture(false)
+	if b.views.all() {
+		return nil
 	}
-	var paths []string
-	for _, d := range o.Instance.DataSets {
-		if d.Found && !excluded(o)[d.Name] {
-			paths = append(paths, d.Path)
-		}
-	}
-	set, err := fssnap.NewSet(ctx, o.Views, paths, fssnap.Options{
-		StateDir: o.Guard.StateDir, Label: o.Instance.BasePath, KeepLast: o.KeepViews, Now: o.Now,
-	})
-	if err != nil {
-		return nil, err
-	}
-	// Translate has no answer before the views are made.
-	if u := set.Uncovered(); len(u) > 0 {
-		o.Progress.Emit(progress.Event{Kind: progress.Info, Phase: "view",
-			Message: fmt.Sprintf("no views: %s cannot be held still (%v); it is copied before and during the stop instead", u[0].Path, u[0].Reason)})
-		return nil, set.Close(ctx)
-	}
-	return set, nil
+	return b.capture.Read(ctx, capture.Part{Has: b.views.cold})
 }
 
-// makeViews makes the views while nothing writes, and compares a sample with the source.
-func (b *run) makeViews(ctx context.Context, set *fssnap.Set) error {
-	b.o.Progress.Emit(progress.Event{Kind: progress.Start, Phase: "view"})
-	if err := set.Create(ctx); err != nil {
+// readRest reads the views after the thaw, and what is no data: the environment, the software.
+func (b *run) readRest(ctx context.Context) error {
+	v := &b.views
+	if err := b.capture.Read(ctx, capture.Part{View: v.translate, PictureAt: v.madeAt}); err != nil {
 		return err
 	}
-	var roots []string
-	for _, s := range b.o.Instance.Stores {
-		roots = append(roots, s.Root)
-	}
-	if _, err := set.Verify(ctx, fssnap.VerifyOptions{Roots: roots, Frozen: true}); err != nil {
-		return err
-	}
-	b.pictureAt = b.o.Now()
-	b.o.Progress.Emit(progress.Event{Kind: progress.Finish, Phase: "view"})
-	return nil
-}
-
-// captureViews reads the views after the thaw.
-func (b *run) captureViews(ctx context.Context, set *fssnap.Set) (*capture.Result, error) {
-	got, err := b.capture(ctx, capture.Options{
-		PictureAt: b.pictureAt,
-		View: func(p string) string {
-			if v, ok := set.Translate(p); ok {
-				return v
-			}
-			return p // not data of the instance: the server's binary, an environment file
-		},
-	})
-	if err != nil {
-		return nil, err
-	}
-	return got, set.Check(ctx) // a view that overflowed while it was read is no picture
-}
-
-func viewRecords(set *fssnap.Set, inst *ocis.Instance) []snapshot.View {
-	if set == nil {
-		return []snapshot.View{{Kind: "none", Source: inst.BasePath}}
-	}
-	var out []snapshot.View
-	for _, v := range set.Views() {
-		at := v.MadeAt.UTC()
-		out = append(out, snapshot.View{Kind: v.Kind, Source: v.Source, MadeAt: &at})
-	}
-	return out
+	return v.check(ctx)
 }
 
 // commit writes the manifest, makes everything durable, and then the snapshot record: until that is
@@ -371,6 +318,7 @@ func (b *run) commit(ctx context.Context, got *capture.Result) (*Result, error) 
 		}
 		res.SnapshotID = sn.ID()
 	}
+	b.views.keep = b.dry == nil // only views of a good snapshot are a way back
 	st.Duration = o.Now().Sub(b.start)
 	o.Progress.Emit(progress.Event{Kind: progress.Finish, Phase: "commit"})
 	return res, nil
@@ -407,6 +355,9 @@ func (e *UnsupportedError) Hints() []string {
 // that two captures of one picture give one tree.
 func FreezeRecord(r freeze.Record) snapshot.Freeze {
 	f := snapshot.Freeze{Method: r.Method}
+	if r.Method == freeze.KindViewOnly {
+		f.CrashConsistent, f.Warning = true, snapshot.CrashWarning
+	}
 	if r.Stopped.IsZero() || r.Method == freeze.KindNone {
 		return f
 	}

@@ -104,11 +104,11 @@ type Stats struct {
 
 // capturer is the state of one run.
 type capturer struct {
-	opts    Options
-	repo    Repository
-	target  Target
-	saver   *saver
-	slots   chan struct{}
+	opts   Options
+	repo   Repository
+	target Target
+	saver  *saver
+	slots  chan struct{}
 
 	part    Part // that is being read, View is set
 	started time.Time

@@ -70,6 +70,25 @@ func (n None) Plan(_ context.Context, inst *ocis.Instance) (*Plan, error) {
 	}, nil
 }
 
+// KindViewOnly is the word for ViewOnly.
+const KindViewOnly = "view-only"
+
+// ViewOnly stops nothing and proves nothing: whoever uses it must read views that are of one instant,
+// and say that these are what a power cut would leave.
+type ViewOnly struct{}
+
+// Method returns "view-only".
+func (ViewOnly) Method() string { return KindViewOnly }
+
+// Freeze does nothing. There is no Plan, because there is nothing to guard.
+func (v ViewOnly) Freeze(context.Context, *ocis.Instance) (Frozen, error) { return v, nil }
+
+// Thaw does nothing.
+func (ViewOnly) Thaw(context.Context) error { return nil }
+
+// Record has no times.
+func (ViewOnly) Record() Record { return Record{Method: KindViewOnly} }
+
 func warn(run *Run, u Usage) {
 	for _, l := range u.Limits {
 		run.Progress.Emit(progress.Event{Kind: progress.Warning, Phase: "freeze", Message: l})

@@ -25,6 +25,9 @@ type Options struct {
 	Label string
 	// KeepLast is how many sets of this label Close leaves on the filesystems, this one included.
 	KeepLast int
+	// Except are places that the set has nothing to do with: what is mounted there, or below, is not held
+	// still, and does not keep a path around it from being held still. Paths below them are none the less.
+	Except []string
 	// Now is the clock; nil is time.Now.
 	Now func() time.Time
 }
@@ -65,6 +68,7 @@ type Set struct {
 	views   []View // as sources, once made
 
 	started time.Time // just before the first view was made
+	except  []string  // without symbolic links
 	files   recordFiles
 	lock    *os.File
 	opened  bool // by OpenKept
@@ -82,6 +86,12 @@ func NewSet(ctx context.Context, drivers []Driver, paths []string, o Options) (*
 		o.Now = time.Now
 	}
 	s := &Set{drivers: drivers, o: o}
+	for _, p := range o.Except {
+		if real, err := filepath.EvalSymlinks(p); err == nil {
+			p = real
+		}
+		s.except = append(s.except, p)
+	}
 	// Outer ones first: what lies below one of them, on the same mount, is in its picture.
 	paths = slices.Clone(paths)
 	slices.SortStableFunc(paths, func(a, b string) int { return len(a) - len(b) })
@@ -115,7 +125,7 @@ func (s *Set) add(ctx context.Context, path string) error {
 	}
 	for _, m := range MountsBelow(table, at.Path) {
 		// It may have been added below another path, or be a path itself.
-		if slices.ContainsFunc(s.parts, func(p part) bool { return p.Real == m.Point }) {
+		if slices.ContainsFunc(s.parts, func(p part) bool { return p.Real == m.Point }) || s.excepted(m.Point, at.Path) {
 			continue
 		}
 		if err := s.probe(ctx, m.Point, m.Point, m.ID, true); err != nil {
@@ -123,6 +133,11 @@ func (s *Set) add(ctx context.Context, path string) error {
 		}
 	}
 	return nil
+}
+
+// excepted tells whether what is mounted at point, below path, lies in an exception further in.
+func (s *Set) excepted(point, path string) bool {
+	return slices.ContainsFunc(s.except, func(e string) bool { return e != path && mountinfo.Below(e, path) && mountinfo.Below(point, e) })
 }
 
 func (s *Set) probe(ctx context.Context, path, real string, mount int, nested bool) error {
@@ -223,15 +238,28 @@ func (p part) reason() error {
 // Views returns the views that were made, one for each source.
 func (s *Set) Views() []View { return slices.Clone(s.views) }
 
-// OneInstant tells whether all the views are of the very same instant. If not, they are a picture of
-// one instant only if nothing was written while they were made.
-func (s *Set) OneInstant() bool {
-	for _, v := range s.views {
-		if v.Transaction == "" || v.Transaction != s.views[0].Transaction || v.Kind != s.views[0].Kind {
+// OneInstant tells whether the views are of the very same instant, but for those of the paths in except
+// and of what lies below them. If not, they are a picture of one instant only if nothing was written
+// while they were made.
+func (s *Set) OneInstant(except ...string) bool {
+	var first *View
+	for _, p := range s.parts {
+		if !p.covered() || p.Source >= len(s.views) {
+			continue
+		}
+		if slices.ContainsFunc(except, func(e string) bool { return mountinfo.Below(p.Path, e) || mountinfo.Below(p.Real, e) }) {
+			continue
+		}
+		v := &s.views[p.Source]
+		switch {
+		case first == nil:
+			first = v
+		case v == first:
+		case v.Transaction == "" || v.Transaction != first.Transaction || v.Kind != first.Kind:
 			return false
 		}
 	}
-	return len(s.views) > 0
+	return first != nil && first.Transaction != ""
 }
 
 func (s *Set) driver(kind string) (Driver, error) {
@@ -325,7 +353,7 @@ func (s *Set) assemble() error {
 			return &LossyViewError{View: s.views[p.Source].Name, Path: p.Path, What: "name", Want: "present", Got: "missing"}
 		}
 		outer := s.outer(i)
-		if outer < 0 {
+		if outer < 0 || s.excepted(p.Real, s.parts[outer].Real) { // nobody comes by that way
 			continue
 		}
 		onto, err := s.picture(s.parts[outer])

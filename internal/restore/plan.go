@@ -152,6 +152,7 @@ func MakePlan(ctx context.Context, r Repo, sn *snapshot.Snapshot, o Options) (*P
 		return nil, err
 	}
 	p := &Plan{Manifest: m, o: o, repo: r, tree: *sn.Tree}
+	p.warnCrash()
 	if err := p.choose(ctx); err != nil {
 		return nil, err
 	}
@@ -162,6 +163,13 @@ func MakePlan(ctx context.Context, r Repo, sn *snapshot.Snapshot, o Options) (*P
 		return nil, err
 	}
 	return p, nil
+}
+
+// warnCrash tells of a picture of a running instance.
+func (p *Plan) warnCrash() {
+	if p.Manifest.Freeze.CrashConsistent {
+		p.Warnings = append(p.Warnings, "what is restored is crash-consistent: "+snapshot.CrashWarning)
+	}
 }
 
 // choose makes the list of targets.

@@ -100,7 +100,15 @@ type Freeze struct {
 	SecondsStopping float64 `json:"seconds_stopping"`
 	SecondsHeld     float64 `json:"seconds_held"`
 	SecondsStarting float64 `json:"seconds_starting"`
+	// CrashConsistent tells that nothing was stopped although the instance may have been running, and
+	// Warning what that means, for people.
+	CrashConsistent bool   `json:"crash_consistent,omitempty"`
+	Warning         string `json:"warning,omitempty"`
 }
+
+// CrashWarning is Freeze.Warning where CrashConsistent is true.
+const CrashWarning = "the instance was not stopped: what it had not written yet is missing, as after a power cut; " +
+	"the vendor does not support backups of a running instance"
 
 // View tells which still picture was read.
 type View struct {
