@@ -79,10 +79,6 @@ var ways = []way{
 		make: func(r freezeRequest) (freeze.Freezer, error) { return freeze.None{Progress: r.sink}, nil },
 	},
 	{
-		word: freeze.KindViewOnly, does: "nothing is stopped: only views that are of one instant\nare read, as a power cut would leave them",
-		make: func(freezeRequest) (freeze.Freezer, error) { return freeze.ViewOnly{}, nil },
-	},
-	{
 		word: "command", does: "--stop-command stops it,\n--start-command starts it again",
 		make: commandWay,
 	},
@@ -101,6 +97,10 @@ var ways = []way{
 	{
 		word: "compose", arg: "PROJECT[/SERVICE,...]", must: true, does: "the same for the product's services,\nand those listed",
 		make: namedWay("compose"),
+	},
+	{
+		word: freeze.KindViewOnly, does: "nothing is stopped: only views that are of one instant\nare read, as a power cut would leave them",
+		make: func(freezeRequest) (freeze.Freezer, error) { return freeze.ViewOnly{}, nil },
 	},
 }
 
