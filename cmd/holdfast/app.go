@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 
+	"github.com/holdfast-backup/holdfast/internal/repo"
 	"github.com/holdfast-backup/holdfast/internal/settings"
 	"github.com/holdfast-backup/holdfast/internal/ui"
 )
@@ -34,6 +35,9 @@ type app struct {
 	ui   *ui.Printer
 	set  map[string]settings.Origin // which flags are set, and from where
 	opt  globalOptions
+
+	// indexed is the repository whose index was read.
+	indexed *repo.Repository
 
 	// held is true from before the instance is stopped until it was started again.
 	held atomic.Bool
@@ -131,7 +135,8 @@ or holdfast thaw; holdfast status tells about it.
 	f.BoolVarP(&a.opt.verbose, "verbose", "v", false, "print more")
 
 	root.AddCommand(
-		a.initCommand(), a.backupCommand(), a.snapshotsCommand(), a.spacesCommand(), a.lsCommand(), a.catCommand(), a.restoreCommand(),
+		a.initCommand(), a.backupCommand(), a.snapshotsCommand(), a.spacesCommand(), a.lsCommand(), a.treeCommand(), a.catCommand(), a.dumpCommand(),
+		a.findCommand(), a.diffCommand(), a.restoreCommand(),
 		a.checkCommand(), a.consistencyCommand(), a.keyCommand(), a.unlockCommand(), a.discoverCommand(),
 		a.viewsCommand(), a.withViewCommand(), a.overlayVerbCommand(),
 		a.forgetCommand(), a.pruneCommand(),

@@ -46,7 +46,7 @@ func (a *app) openView(ctx context.Context, r *repo.Repository, what string) (*b
 	if err != nil {
 		return nil, err
 	}
-	if err := a.loadIndex(ctx, r); err != nil {
+	if err := a.loadIndexOnce(ctx, r); err != nil {
 		return nil, err
 	}
 	v, err := browse.Open(ctx, r, sn)
@@ -84,7 +84,7 @@ func (a *app) pick(ctx context.Context, r *repo.Repository, arg string, f pickFl
 		if sn.Tree == nil {
 			return nil, fmt.Errorf("snapshot %s has no tree", sn.ID().Short())
 		}
-		if err := a.loadIndex(ctx, r); err != nil {
+		if err := a.loadIndexOnce(ctx, r); err != nil {
 			return nil, err
 		}
 		_, p := snapshot.Split(arg)

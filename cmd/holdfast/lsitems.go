@@ -22,6 +22,8 @@ type itemLister struct {
 	out  io.Writer
 	o    lsOptions
 	json bool
+	// depth is how many folders deep a recursive list goes; 0 is all.
+	depth int
 }
 
 // itemRow is an item as JSON.
@@ -59,7 +61,13 @@ func (l *itemLister) run(it *browse.Item) error {
 			}
 		}
 		return nil
-	case it.IsDir():
+	}
+	return l.dirOrItem(it)
+}
+
+// dirOrItem lists what is in a folder, or a file.
+func (l *itemLister) dirOrItem(it *browse.Item) error {
+	if it.IsDir() {
 		return l.dir(it, 0)
 	}
 	return l.any(it, -1, 0)
@@ -113,7 +121,7 @@ func (l *itemLister) any(x *browse.Item, versions, depth int) error {
 	} else if err := l.item(x, max(versions, 0)); err != nil {
 		return err
 	}
-	if l.o.recursive && x.IsDir() {
+	if l.o.recursive && x.IsDir() && (l.depth == 0 || depth+1 < l.depth) {
 		return l.dir(x, depth+1)
 	}
 	return nil

@@ -94,6 +94,18 @@ func (a *app) loadIndex(ctx context.Context, r *repo.Repository) error {
 	return nil
 }
 
+// loadIndexOnce reads the index unless it was read already.
+func (a *app) loadIndexOnce(ctx context.Context, r *repo.Repository) error {
+	if a.indexed == r {
+		return nil
+	}
+	if err := a.loadIndex(ctx, r); err != nil {
+		return err
+	}
+	a.indexed = r
+	return nil
+}
+
 // cacheDir is where the cache lies: as set, the service's own, or the usual place of the user.
 // It is "" if there is none; then a backup works without.
 func (a *app) cacheDir() string {

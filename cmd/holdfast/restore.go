@@ -31,15 +31,25 @@ type restoreFlags struct {
 	only                     []string
 	environmentDir           string
 	reindex                  string
+	to                       toFlags
 }
 
 func (a *app) restoreCommand() *cobra.Command {
 	var f restoreFlags
 	c := &cobra.Command{
-		Use:   "restore SNAPSHOT",
-		Short: "Put the whole instance back",
-		Long: `Put the whole instance back, to where it was or elsewhere. SNAPSHOT is "latest",
-"latest~1" for the one before it, or the beginning of an id.
+		Use:   "restore SNAPSHOT[:SPACE/PATH]",
+		Short: "Put the whole instance back, or get single files and folders",
+		Long: `Put the whole instance back, to where it was or elsewhere, or with --to get a file, a
+folder or a space as a folder, tar or zip.
+
+` + addressHelp + `
+
+With --to DIR the folder then holds the file, or what is in the folder. Files that are
+right already are not written again; one that is in the way is renamed, or with
+--keep-existing left alone. Contents are compared with the checksums that the server
+recorded. --version and --trash get older versions and deleted items.
+
+All else is about whole instances.
 
 The destination must be empty. With --overwrite only what differs is written, and what
 is in the way is moved into a dated folder beside it. Nothing is ever restored onto a
@@ -54,14 +64,24 @@ not put back, because its place belongs to the machine; --environment-dir writes
 into a folder to look at.
 
 ` + exitHelp(append([]int{exitNotStarted}, repoCodes...)...),
-		Example: `  holdfast restore latest
+		Example: `  holdfast restore 'latest:personal/alan/Round 0' --to /tmp/alan
+  holdfast restore latest:project/project-alpha-0 --to project.zip
+  holdfast restore latest
   holdfast restore latest --base-data-path /srv/new/data --config-dir /srv/new/config
   holdfast restore latest --start-command 'systemctl start ocis' \
       --reindex-command 'ocis search index --all-spaces'`,
-		Args: args(1, 1, "one argument, the snapshot"),
-		RunE: a.verb(func(ctx context.Context, args []string) error { return a.restore(ctx, args[0], &f) }),
+		Args: args(1, 1, "one argument, SNAPSHOT or SNAPSHOT:SPACE/PATH"),
+		RunE: a.verb(func(ctx context.Context, args []string) error {
+			if f.to != (toFlags{}) || isSpaceAddress(args[0]) {
+				return a.restoreTo(ctx, args[0], &f)
+			}
+			return a.restore(ctx, args[0], &f)
+		}),
 	}
 	p, fs := &f.place, c.Flags()
+	fs.StringVar(&f.to.to, "to", "", "get SPACE/PATH into this `directory`, or as this file if its name ends in .tar or .zip")
+	f.to.pick.add(c)
+	fs.BoolVar(&f.to.keep, "keep-existing", false, "with --to: leave alone what exists and differs")
 	fs.StringVar(&p.baseDataPath, "base-data-path", "", "`directory` to restore the base data path to (default: where it was)")
 	fs.StringVar(&p.configDir, "config-dir", "", "`directory` to restore the configuration to (default: where it was)")
 	fs.StringArrayVar(&p.maps, "map", nil, "restore what was at OLD to NEW: `OLD=NEW`; OLD may be the server's own name of it; may be repeated")

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"iter"
 	"sort"
 	"sync"
 
@@ -143,8 +144,26 @@ func (r *reader) Read(p []byte) (int, error) {
 // content work at the same time, in at most 32 MiB.
 const ahead = 4
 
+// Chunks are the ids of the chunks, which are the SHA-256 of what is in them, with their sizes in bytes.
+func (c *Content) Chunks() iter.Seq2[id.ID, int64] {
+	return func(yield func(id.ID, int64) bool) {
+		for i, d := range c.ids {
+			if !yield(d, c.ends[i]-c.start(i)) {
+				return
+			}
+		}
+	}
+}
+
 // WriteTo writes the whole content to w.
-func (c *Content) WriteTo(ctx context.Context, w io.Writer) error {
+func (c *Content) WriteTo(ctx context.Context, w io.Writer) error { return c.WriteFrom(ctx, 0, w) }
+
+// WriteFrom writes the content from off on, where a chunk must begin.
+func (c *Content) WriteFrom(ctx context.Context, off int64, w io.Writer) error {
+	no := 0
+	for no < len(c.ids) && c.start(no) < off {
+		no++
+	}
 	type loaded struct {
 		p   []byte
 		err error
@@ -154,7 +173,7 @@ func (c *Content) WriteTo(ctx context.Context, w io.Writer) error {
 	queue := make(chan chan loaded, ahead-1)
 	go func() {
 		defer close(queue)
-		for _, d := range c.ids {
+		for _, d := range c.ids[no:] {
 			ch := make(chan loaded, 1)
 			select {
 			case queue <- ch:

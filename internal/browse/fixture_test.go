@@ -5,89 +5,17 @@ import (
 	"crypto/sha1"
 	"crypto/sha256"
 	"encoding/hex"
-	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
 
-	"github.com/holdfast-backup/holdfast/internal/backend/mem"
 	"github.com/holdfast-backup/holdfast/internal/browse"
-	"github.com/holdfast-backup/holdfast/internal/capture"
-	"github.com/holdfast-backup/holdfast/internal/discover"
-	"github.com/holdfast-backup/holdfast/internal/repo"
-	"github.com/holdfast-backup/holdfast/internal/snapshot"
+	"github.com/holdfast-backup/holdfast/internal/browse/browsetest"
 	"github.com/holdfast-backup/holdfast/internal/testfixture"
 )
 
-// fixtures whose blobs lie on disk.
-var fixtures = []string{testfixture.OCIS, testfixture.OpenCloud, testfixture.OpenCloudPosix}
-
-type captured struct {
-	repo *repo.Repository
-	sn   *snapshot.Snapshot
-	want *testfixture.Expected
-	dir  string
-}
-
-var (
-	capturedMu   sync.Mutex
-	capturedOnes = map[string]*captured{}
-)
-
-func newRepo(t testing.TB) *repo.Repository {
+func open(t testing.TB, c *browsetest.Captured) *browse.View {
 	t.Helper()
-	r, err := repo.Init(t.Context(), mem.New(), "secret", repo.InitOptions{KDF: repo.KDF{N: 1024, R: 1, P: 1}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := r.LoadIndex(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	return r
-}
-
-// backup captures the instance in dir, and saves a record of it.
-func backup(t testing.TB, r *repo.Repository, dir string) *snapshot.Snapshot {
-	t.Helper()
-	inst, err := discover.Discover(t.Context(), discover.Options{
-		BaseDataPath: filepath.Join(dir, "data"), ConfigDir: filepath.Join(dir, "config"),
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	w := r.NewWriter(t.Context())
-	res, err := capture.Run(t.Context(), r, w, capture.Options{Instance: inst})
-	if err != nil {
-		t.Fatal(err)
-	}
-	root, err := res.Finish(t.Context(), []byte("readme"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := w.Flush(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	return &snapshot.Snapshot{Tree: &root, Tags: []string{snapshot.Tag}}
-}
-
-// fixture captures a sample instance, once for all tests.
-func fixture(t testing.TB, name string) *captured {
-	t.Helper()
-	capturedMu.Lock()
-	defer capturedMu.Unlock()
-	if c := capturedOnes[name]; c != nil {
-		return c
-	}
-	dir := testfixture.Unpack(t, name)
-	r := newRepo(t)
-	c := &captured{repo: r, sn: backup(t, r, dir), want: testfixture.LoadExpected(t, dir)}
-	capturedOnes[name] = c
-	return c
-}
-
-func open(t testing.TB, c *captured) *browse.View {
-	t.Helper()
-	v, err := browse.Open(t.Context(), c.repo, c.sn)
+	v, err := browse.Open(t.Context(), c.Repo, c.Snapshot)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -114,12 +42,12 @@ func hash256(p []byte) string {
 
 // TestExpected: what a View shows is what the real server answered.
 func TestExpected(t *testing.T) {
-	for _, name := range fixtures {
+	for _, name := range browsetest.Fixtures {
 		t.Run(name, func(t *testing.T) {
-			c := fixture(t, name)
+			c := browsetest.Fixture(t, name)
 			v := open(t, c)
 			spaces, files, versions, trash := 0, 0, 0, 0
-			for driveID, want := range c.want.Spaces() {
+			for driveID, want := range c.Want.Spaces() {
 				s := v.SpaceByID(want.SpaceID())
 				if s == nil {
 					t.Errorf("no space %s", driveID)
@@ -258,8 +186,8 @@ func walk(t testing.TB, v *browse.View, s *browse.Space, p string, fn func(*brow
 
 // TestPeople: owners and members have their names.
 func TestPeople(t *testing.T) {
-	for _, name := range fixtures {
-		v := open(t, fixture(t, name))
+	for _, name := range browsetest.Fixtures {
+		v := open(t, browsetest.Fixture(t, name))
 		who, err := v.Identities(t.Context())
 		if err != nil || !who.Known {
 			t.Fatalf("%s: identities %v", name, err)

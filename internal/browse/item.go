@@ -36,6 +36,7 @@ type Item struct {
 	// Of is the kind of the file that a version belongs to.
 	Of   Kind
 	Node *snapshot.Node
+	name string // a hostile one may hold slashes
 	// place is the path in the snapshot's trees; it differs from Path where a file of the posix driver is
 	// shown under another name than it has.
 	place string
@@ -44,14 +45,8 @@ type Item struct {
 // IsDir tells folders from files.
 func (it *Item) IsDir() bool { return it.Node.Type == snapshot.Dir }
 
-// Name is the last part of the path.
-func (it *Item) Name() string {
-	if it.Path == "" {
-		return it.Space.Name
-	}
-	_, name := split(it.Path)
-	return name
-}
+// Name is the last part of the path; of the root, the name of the space.
+func (it *Item) Name() string { return it.name }
 
 // NodeID is the server's id of the item; "" if the snapshot has none.
 func (it *Item) NodeID() string {
@@ -188,7 +183,7 @@ func tops(k Kind) (top, versions string) {
 func (v *View) item(ctx context.Context, s *Space, k Kind, p string) (*Item, error) {
 	p = strings.Trim(p, "/")
 	top, _ := tops(k)
-	it := &Item{Space: s, Kind: k, Path: p}
+	it := &Item{Space: s, Kind: k, Path: p, name: s.Name}
 	n, err := v.lookup(ctx, s.in(top))
 	for name := range strings.SplitSeq(p, "/") {
 		if err != nil {
@@ -209,7 +204,7 @@ func (v *View) item(ctx context.Context, s *Space, k Kind, p string) (*Item, err
 			err = snapshot.ErrNoSuchPath
 			break
 		}
-		it.place = join(it.place, n.Name)
+		it.place, it.name = join(it.place, n.Name), name
 	}
 	if errors.Is(err, snapshot.ErrNoSuchPath) {
 		hint := "`holdfast find NAME` looks into all snapshots, versions and trash."
@@ -241,9 +236,9 @@ func (v *View) List(ctx context.Context, it *Item) ([]*Item, error) {
 	out := make([]*Item, len(t.Nodes))
 	items := make([]Item, len(t.Nodes))
 	for i, n := range t.Nodes {
+		name := shownName(it.Space, t, n)
 		items[i] = Item{
-			Space: it.Space, Kind: it.Kind, Path: join(it.Path, shownName(it.Space, t, n)), Stamp: it.Stamp, Node: n,
-			place: join(it.place, n.Name),
+			Space: it.Space, Kind: it.Kind, Path: join(it.Path, name), Stamp: it.Stamp, Node: n, place: join(it.place, n.Name), name: name,
 		}
 		if it.Kind == Trashed && it.Path == "" {
 			items[i].Stamp = n.Name
@@ -303,7 +298,7 @@ func (v *View) Versions(ctx context.Context, it *Item) ([]*Item, error) {
 	var out []*Item
 	for _, n := range t.Nodes {
 		if n.Type == snapshot.File {
-			out = append(out, &Item{Space: it.Space, Kind: Version, Of: it.Kind, Path: it.Path, Stamp: n.Name, Node: withID(n, it.NodeID()), place: it.place})
+			out = append(out, &Item{Space: it.Space, Kind: Version, Of: it.Kind, Path: it.Path, Stamp: n.Name, Node: withID(n, it.NodeID()), place: it.place, name: it.Name()})
 		}
 	}
 	sortVersions(out)
@@ -328,7 +323,7 @@ func (v *View) posixVersions(ctx context.Context, it *Item) ([]*Item, error) {
 	var out []*Item
 	for _, n := range t.Nodes {
 		if stamp, ok := strings.CutPrefix(n.Name, nodeID+".REV."); ok && n.Type == snapshot.File {
-			out = append(out, &Item{Space: it.Space, Kind: Version, Of: it.Kind, Path: it.Path, Stamp: stamp, Node: withID(n, nodeID), place: it.place})
+			out = append(out, &Item{Space: it.Space, Kind: Version, Of: it.Kind, Path: it.Path, Stamp: stamp, Node: withID(n, nodeID), place: it.place, name: it.Name()})
 		}
 	}
 	sortVersions(out)
