@@ -23,21 +23,32 @@ const passwordCare = `Keep the password safe now, and not only on this machine:
   - A second password can be added with ` + "`holdfast key add`" + `, for a second place.`
 
 func (a *app) initCommand() *cobra.Command {
-	return &cobra.Command{
+	var like bool
+	var from otherRepo
+	c := &cobra.Command{
 		Use:   "init",
 		Short: "Make a new repository",
 		Long: `Make a new repository in an empty or missing directory, or on a server. It has restic's format,
 version 2, and restic can read it.
 
-` + exitHelp(exitDone, exitError, exitUsage, exitInterrupted),
+With --copy-chunker-params it cuts files as the repository --from-repo does, so that snapshots
+which are copied between them share data with those that are made there.
+
+` + exitHelp(exitDone, exitError, exitUsage, exitNoRepository, exitWrongPassword, exitInterrupted),
 		Example: `  holdfast init --repo /srv/backup/cloud --password-file /etc/holdfast/password
   holdfast init --repo s3:https://s3.example.com/bucket/cloud`,
 		Args: args(0, 0, "no arguments"),
-		RunE: a.verb(func(ctx context.Context, _ []string) error { return a.init(ctx) }),
+		RunE: a.verb(func(ctx context.Context, _ []string) error { return a.init(ctx, like, &from) }),
 	}
+	c.Flags().BoolVar(&like, "copy-chunker-params", false, "cut files as the repository --from-repo does")
+	from.add(c.Flags(), "from", "to take that from")
+	return c
 }
 
-func (a *app) init(ctx context.Context) error {
+func (a *app) init(ctx context.Context, like bool, from *otherRepo) error {
+	if like && from.repo == "" {
+		return ui.WithHints(usageError("--copy-chunker-params needs a repository to take them from"), "Set --from-repo.")
+	}
 	be, err := a.backend(ctx)
 	if err != nil {
 		return err
@@ -51,11 +62,21 @@ func (a *app) init(ctx context.Context) error {
 	case !errors.Is(err, backend.ErrNotExist):
 		return fmt.Errorf("cannot make a repository at %s: %w", where, err)
 	}
+	var o repo.InitOptions
+	if like {
+		err := a.withRepositoryAt(ctx, from.repo, from.password(a), repoOptions{}, lockNone, func(_ context.Context, r *repo.Repository) error {
+			o.Polynomial = r.Polynomial()
+			return nil
+		})
+		if err != nil {
+			return fmt.Errorf("cannot take the chunker parameters from %s: %w", ui.Quote(from.repo), err)
+		}
+	}
 	pw, err := a.password(ctx, true)
 	if err != nil {
 		return err
 	}
-	r, err := repo.Init(ctx, be, pw, repo.InitOptions{})
+	r, err := repo.Init(ctx, be, pw, o)
 	if err != nil {
 		return fmt.Errorf("cannot make a repository at %s: %w", where, err)
 	}

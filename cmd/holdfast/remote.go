@@ -90,11 +90,15 @@ func (o *remoteOptions) options(a *app) (location.Options, error) {
 
 // backend finds the driver for the repository's address.
 func (a *app) backend(ctx context.Context) (backend.Backend, error) {
-	if a.opt.repo == "" {
+	return a.backendAt(ctx, a.opt.repo)
+}
+
+func (a *app) backendAt(ctx context.Context, addr string) (backend.Backend, error) {
+	if addr == "" {
 		return nil, ui.WithHints(usageError("no repository was named"),
 			"Set --repo, the variable HOLDFAST_REPOSITORY, or the key repository of the settings file.")
 	}
-	loc, err := location.Parse(a.opt.repo)
+	loc, err := location.Parse(addr)
 	if err != nil {
 		return nil, withCode(exitUsage, err)
 	}

@@ -49,11 +49,18 @@ const (
 // withRepository opens the repository, locks it, and runs fn. The context that fn gets ends when
 // the lock is lost.
 func (a *app) withRepository(ctx context.Context, ro repoOptions, mode lockMode, fn func(context.Context, *repo.Repository) error) error {
+	return a.withRepositoryAt(ctx, a.opt.repo, a.password, ro, mode, fn)
+}
+
+// withRepositoryAt does the same with any repository.
+func (a *app) withRepositoryAt(ctx context.Context, addr string, password func(context.Context, bool) (string, error),
+	ro repoOptions, mode lockMode, fn func(context.Context, *repo.Repository) error,
+) error {
 	o, err := ro.options()
 	if err != nil {
 		return err
 	}
-	be, err := a.backend(ctx)
+	be, err := a.backendAt(ctx, addr)
 	if err != nil {
 		return err
 	}
@@ -64,7 +71,7 @@ func (a *app) withRepository(ctx context.Context, ro repoOptions, mode lockMode,
 	} else if err != nil {
 		return openError(err)
 	}
-	pw, err := a.password(ctx, false)
+	pw, err := password(ctx, false)
 	if err != nil {
 		return err
 	}

@@ -16,6 +16,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -69,6 +70,9 @@ type InitOptions struct {
 	Version uint
 	// KDF of the first key, and of keys added through the same Repository. Tests make it cheap.
 	KDF KDF
+	// Polynomial decides where files are cut; of another repository, so that what both store is cut alike, and a copy
+	// from one to the other finds it there. Empty: a new one.
+	Polynomial string
 }
 
 const (
@@ -155,6 +159,11 @@ func Init(ctx context.Context, be backend.Backend, password string, o InitOption
 	if password == "" {
 		return nil, errors.New("an empty password protects nothing; choose another one")
 	}
+	if o.Polynomial != "" {
+		if p, err := strconv.ParseUint(o.Polynomial, 16, 64); err != nil || !irreducible(p) {
+			return nil, fmt.Errorf("%q is no chunker polynomial", o.Polynomial)
+		}
+	}
 	r := newRepository(be, o.Options)
 	if o.KDF != (KDF{}) {
 		r.kdf = o.KDF
@@ -177,7 +186,10 @@ func Init(ctx context.Context, be backend.Backend, password string, o InitOption
 	}
 	var raw [32]byte
 	rand.Read(raw[:])
-	r.conf = config{Version: o.Version, ID: hex.EncodeToString(raw[:]), Polynomial: fmt.Sprintf("%x", newPolynomial())}
+	r.conf = config{Version: o.Version, ID: hex.EncodeToString(raw[:]), Polynomial: o.Polynomial}
+	if o.Polynomial == "" {
+		r.conf.Polynomial = fmt.Sprintf("%x", newPolynomial())
+	}
 	r.key = crypto.NewKey()
 	if r.keyID, err = r.AddKey(ctx, password); err != nil {
 		return nil, err
@@ -245,6 +257,9 @@ func (r *Repository) ChunkerSeed() [32]byte {
 	fmt.Sscanf(r.conf.Polynomial, "%x", &p)
 	return sha256.Sum256(binary.BigEndian.AppendUint64([]byte("holdfast chunker seed 1\x00"), p))
 }
+
+// Polynomial returns the config's chunker_polynomial, hexadecimal.
+func (r *Repository) Polynomial() string { return r.conf.Polynomial }
 
 // newPolynomial returns a random irreducible polynomial of degree 53 over GF(2), bit i being the
 // coefficient of x^i. Stock restic needs it to cut files.

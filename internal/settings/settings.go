@@ -49,11 +49,21 @@ var fallbacks = map[string]string{
 	"password-command": "RESTIC_PASSWORD_COMMAND",
 	"cacert":           "RESTIC_CACERT",
 	"tls-client-cert":  "RESTIC_TLS_CLIENT_CERT",
+
+	"from-repo":             "RESTIC_FROM_REPOSITORY",
+	"from-password-file":    "RESTIC_FROM_PASSWORD_FILE",
+	"from-password-command": "RESTIC_FROM_PASSWORD_COMMAND",
 }
 
 // passwordVariables hold the password itself. They are settings without a flag, because a command
 // line can be read by every user of the machine.
 var passwordVariables = []string{Prefix + "PASSWORD", "RESTIC_PASSWORD"}
+
+// otherPasswordVariables hold the password of a second repository, by what it is for.
+var otherPasswordVariables = map[string][]string{
+	"from": {Prefix + "FROM_PASSWORD", "RESTIC_FROM_PASSWORD"},
+	"to":   {Prefix + "TO_PASSWORD"},
+}
 
 // notInFile are flags that make no sense in the file; some have no variable either.
 var notInFile = map[string]bool{"config-file": true, "help": true, "version": true}
@@ -169,7 +179,16 @@ func Strongest(set map[string]Origin, names ...string) []string {
 
 // Password returns the password that the environment holds, if any.
 func Password(env Lookup) (string, Origin) {
-	for i, name := range passwordVariables {
+	return firstOf(env, passwordVariables)
+}
+
+// OtherPassword does the same for a second repository, "from" or "to" which something is copied.
+func OtherPassword(env Lookup, which string) (string, Origin) {
+	return firstOf(env, otherPasswordVariables[which])
+}
+
+func firstOf(env Lookup, names []string) (string, Origin) {
+	for i, name := range names {
 		if v, ok := env(name); ok && v != "" {
 			return v, Origin{[]Layer{Env, Fallback}[i], name}
 		}
@@ -181,6 +200,9 @@ func Password(env Lookup) (string, Origin) {
 // flag in known, sorted: most likely they are misspelt, and would be ignored in silence.
 func Strangers(environ []string, known []string) []string {
 	ok := map[string]bool{passwordVariables[0]: true}
+	for _, names := range otherPasswordVariables {
+		ok[names[0]] = true
+	}
 	for _, f := range known {
 		ok[Variable(f)] = true
 	}
