@@ -273,6 +273,9 @@ func (c *Client) Invite(ctx context.Context, drive, item string, to Grantee, rol
 //
 // Errors: ErrForbidden, ErrNotFound.
 func (c *Client) CreateToken(ctx context.Context, userID string, expiry time.Duration) (string, error) {
+	if userID == "" { // the server would make one for the administrator
+		return "", errors.New("no user was named to make a token for")
+	}
 	var a struct {
 		Token string `json:"token"`
 	}
