@@ -32,6 +32,7 @@ type restoreFlags struct {
 	environmentDir           string
 	reindex                  string
 	to                       toFlags
+	live                     liveFlags
 }
 
 func (a *app) restoreCommand() *cobra.Command {
@@ -63,15 +64,23 @@ What configured the instance from outside (environment files, compose files, uni
 not put back, because its place belongs to the machine; --environment-dir writes it
 into a folder to look at.
 
+` + liveHelp + `
 ` + exitHelp(append([]int{exitNotStarted}, repoCodes...)...),
 		Example: `  holdfast restore 'latest:personal/alan/Round 0' --to /tmp/alan
   holdfast restore latest:project/project-alpha-0 --to project.zip
   holdfast restore latest
   holdfast restore latest --base-data-path /srv/new/data --config-dir /srv/new/config
+  holdfast restore 'latest:personal/alan/Round 0' --live --user alan --token-file alan.token
   holdfast restore latest --start-command 'systemctl start ocis' \
       --reindex-command 'ocis search index --all-spaces'`,
 		Args: args(1, 1, "one argument, SNAPSHOT or SNAPSHOT:SPACE/PATH"),
 		RunE: a.verb(func(ctx context.Context, args []string) error {
+			if f.live.live {
+				return a.restoreLive(ctx, args[0], f.to, &f.live, f.dryRun, f.noLock)
+			}
+			if err := a.onlyLive(); err != nil {
+				return err
+			}
 			if f.to != (toFlags{}) || isSpaceAddress(args[0]) {
 				return a.restoreTo(ctx, args[0], &f)
 			}
@@ -100,6 +109,7 @@ into a folder to look at.
 	f.start.addStart(c)
 	fs.StringVar(&f.reindex, "reindex-command", "", "shell `command` that makes the search index anew; run after the start\nif the snapshot holds no index")
 	noLockFlag(c, &f.noLock)
+	f.live.add(c)
 	return c
 }
 

@@ -5,12 +5,15 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -19,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-backup/holdfast/internal/backend/local"
+	"github.com/holdfast-backup/holdfast/internal/cloud/cloudtest"
 	"github.com/holdfast-backup/holdfast/internal/freeze"
 	"github.com/holdfast-backup/holdfast/internal/fssnap"
 	"github.com/holdfast-backup/holdfast/internal/repo"
@@ -100,6 +104,7 @@ func TestScripts(t *testing.T) {
 			"server":     cmdServer,
 			"restarted":  cmdRestarted,
 			"btrfs":      cmdBtrfs,
+			"instance":   cmdInstance,
 		}),
 	})
 }
@@ -307,3 +312,50 @@ func cmdBtrfs(ts *testscript.TestScript, neg bool, args []string) {
 	// The loop device goes with its last mount.
 	ts.Defer(func() { ts.Check(fssnap.Unmount(dir)) })
 }
+
+// instance start USER...: runs a stand-in of a running instance with these users, whose passwords are
+// their names; $URL is its address. instance write USER PATH TEXT puts a file into a personal space.
+// instance ls USER|PROJECT prints the files of a space with sizes, versions and tags. instance down
+// has it answer nothing but errors.
+func cmdInstance(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) == 0 {
+		ts.Fatalf("usage: instance start|write|ls|down ...")
+	}
+	if args[0] == "start" {
+		s, stop := cloudtest.Start()
+		ts.Defer(func() { instances.Delete(ts); stop() })
+		for _, u := range args[1:] {
+			s.AddUser(u, u)
+			s.Home(u)
+		}
+		instances.Store(ts, s)
+		ts.Setenv("URL", s.URL)
+		return
+	}
+	v, ok := instances.Load(ts)
+	if !ok {
+		ts.Fatalf("no instance was started")
+	}
+	s := v.(*cloudtest.Server)
+	switch {
+	case args[0] == "write" && len(args) == 4:
+		s.Write(s.Home(args[1]), args[2], args[3], time.Now())
+	case args[0] == "ls" && len(args) == 2:
+		items := s.Items(s.Find(args[1]))
+		fmt.Fprintf(ts.Stdout(), "%d items\n", len(items)-1)
+		for _, p := range slices.Sorted(maps.Keys(items)) {
+			i := items[p]
+			if i.Folder {
+				continue
+			}
+			fmt.Fprintf(ts.Stdout(), "%s %d bytes %d versions %s %s\n", p, len(i.Data), len(i.Versions), i.ModTime.UTC().Format(time.RFC3339), strings.Join(i.Tags, ","))
+		}
+	case args[0] == "down":
+		s.Down.Store(true)
+	default:
+		ts.Fatalf("instance %s?", args[0])
+	}
+}
+
+// instances are the stand-ins of the scripts that run.
+var instances sync.Map

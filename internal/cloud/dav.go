@@ -233,8 +233,8 @@ type File struct {
 	SHA1    string    // hex; "" leaves the check to the caller
 	// Open gives the content from an offset on; it is called again for each try.
 	Open func(ctx context.Context, offset int64) (io.ReadCloser, error)
-	// IfMatch is the ETag of what may be replaced; "" replaces anything.
-	IfMatch string
+	// OnlyNew refuses to replace a file that is there. Put heeds it, PutResumable cannot.
+	OnlyNew bool
 }
 
 // mtime is the time as the server takes it: seconds and nanoseconds.
@@ -255,8 +255,8 @@ func (c *Client) Put(ctx context.Context, drive, p string, f *File) error {
 	if f.SHA1 != "" && f.Size > 0 {
 		h["OC-Checksum"] = []string{"SHA1:" + f.SHA1}
 	}
-	if f.IfMatch != "" {
-		h.Set("If-Match", f.IfMatch)
+	if f.OnlyNew {
+		h.Set("If-None-Match", "*")
 	}
 	r, err := c.do(ctx, request{
 		method: "PUT", path: path, header: h, size: f.Size, want: []int{200, 201, 204},

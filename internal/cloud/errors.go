@@ -30,8 +30,8 @@ var (
 	ErrQuota = errors.New("no room left in the space")
 	// ErrProcessing is returned while the server works on an upload.
 	ErrProcessing = errors.New("the server still works on the file")
-	// ErrPrecondition is returned when the file changed meanwhile.
-	ErrPrecondition = errors.New("changed meanwhile")
+	// ErrPrecondition is returned when a file is there that was not to be replaced.
+	ErrPrecondition = errors.New("a file is there")
 	// ErrRejected is returned when the server finds the request itself wrong, such as a name that it does not allow.
 	ErrRejected = errors.New("rejected by the server")
 )

@@ -9,7 +9,12 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
+
+	"golang.org/x/crypto/bcrypt"
 )
 
 // User is an account.
@@ -215,8 +220,25 @@ func (c *Client) Groups(ctx context.Context) ([]Group, error) {
 	return a.Value, c.call(ctx, request{method: "GET", path: v1("groups")}, nil, &a)
 }
 
-// AddTags gives an item tags beside those that it has; all must be new to it.
+// CheckTag refuses tags that break what the server lists: it writes them into XML as they are.
+//
+// Errors: ErrName.
+func CheckTag(tag string) error {
+	if strings.TrimSpace(tag) == "" || strings.ContainsAny(tag, "<>&,") || !utf8.ValidString(tag) || strings.ContainsFunc(tag, unicode.IsControl) {
+		return fmt.Errorf("%w: tag %q", ErrName, tag)
+	}
+	return nil
+}
+
+// AddTags gives an item tags beside those that it has; one at least must be new to it.
+//
+// Errors: ErrName.
 func (c *Client) AddTags(ctx context.Context, id string, tags []string) error {
+	for _, t := range tags {
+		if err := CheckTag(t); err != nil {
+			return err
+		}
+	}
 	in := map[string]any{"resourceId": id, "tags": tags}
 	return c.call(ctx, request{method: "PUT", path: v1("extensions", "org.libregraph", "tags"), what: "tags of " + id}, in, nil)
 }
@@ -292,8 +314,28 @@ func (c *Client) CreateToken(ctx context.Context, userID string, expiry time.Dur
 	return a.Token, nil
 }
 
-// DeleteToken makes a token of the user's own useless.
+// DeleteToken makes a token of the user's own useless. Some servers take the token itself, others want
+// the hash that they list.
 func (c *Client) DeleteToken(ctx context.Context, token string) error {
-	q := request{method: "DELETE", path: []string{"auth-app", "tokens"}, query: url.Values{"token": {token}}, what: "/auth-app/tokens"}
-	return c.call(ctx, q, nil, nil)
+	path := []string{"auth-app", "tokens"}
+	del := func(token string) error {
+		q := request{method: "DELETE", path: path, query: url.Values{"token": {token}}, what: "/auth-app/tokens", once: true}
+		return c.call(ctx, q, nil, nil)
+	}
+	err := del(token)
+	if err == nil || errors.Is(err, ErrUnauthorized) || ctx.Err() != nil {
+		return err
+	}
+	var list []struct {
+		Token string `json:"token"`
+	}
+	if lerr := c.call(ctx, request{method: "GET", path: path}, nil, &list); lerr != nil {
+		return lerr
+	}
+	for _, t := range list {
+		if bcrypt.CompareHashAndPassword([]byte(t.Token), []byte(token)) == nil {
+			return del(t.Token)
+		}
+	}
+	return err
 }

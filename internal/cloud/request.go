@@ -45,6 +45,10 @@ const (
 	maxRetryAfter = 2 * time.Minute
 )
 
+// triesOf500 is how often a request is sent that the server fails at. It also answers 500 where it
+// will never succeed, so this is no more than what bridges a hiccup.
+const triesOf500 = 3
+
 // do sends a request, again if need be. The caller closes the body of the answer, which gives up
 // when nothing moves for the timeout.
 //
@@ -95,7 +99,7 @@ func (c *Client) do(ctx context.Context, q request) (*http.Response, error) {
 					continue
 				}
 			}
-			if !again(e.Status, q.once) {
+			if !again(e.Status, q.once) || e.Status == http.StatusInternalServerError && try >= triesOf500 {
 				return nil, e
 			}
 			err = e

@@ -84,16 +84,13 @@ func (c *Client) tusCreate(ctx context.Context, path []string, f *File) (string,
 		meta = append(meta, "checksum", "sha1 "+f.SHA1)
 	}
 	h.Set("Upload-Metadata", tusMetadata(meta...))
-	if f.IfMatch != "" {
-		h.Set("If-Match", f.IfMatch)
-	}
 	// A session too many is no harm: it ends by itself.
 	what := "/" + strings.Join(path, "/")
 	r, err := c.do(ctx, request{method: "POST", path: path[:len(path)-1], header: h, want: []int{201}, what: what})
 	if err != nil {
 		// A missing folder above is answered as a failed precondition.
 		var se *StatusError
-		if f.IfMatch == "" && errors.As(err, &se) && se.Status == http.StatusPreconditionFailed {
+		if errors.As(err, &se) && se.Status == http.StatusPreconditionFailed {
 			return "", fmt.Errorf("%w: %w", ErrNoParent, err)
 		}
 		return "", err
@@ -215,18 +212,26 @@ func gone(err error) error {
 	return err
 }
 
-// tusOffset asks how much the server has.
+// tusOffset asks how much the server has. A piece that broke off may keep the upload locked for a while.
 func (c *Client) tusOffset(ctx context.Context, at *url.URL, what string) (int64, error) {
-	r, err := c.do(ctx, request{method: "HEAD", at: at, header: tusHeader(), want: []int{200, 204}, what: what})
-	if err != nil {
-		return 0, gone(err)
+	for try := 1; ; try++ {
+		r, err := c.do(ctx, request{method: "HEAD", at: at, header: tusHeader(), want: []int{200, 204}, what: what})
+		if errors.Is(err, ErrLocked) && try < c.opt.Tries {
+			if err := sleep(ctx, c.backoff(try)); err != nil {
+				return 0, err
+			}
+			continue
+		}
+		if err != nil {
+			return 0, gone(err)
+		}
+		r.Body.Close()
+		n, err := strconv.ParseInt(r.Header.Get("Upload-Offset"), 10, 64)
+		if err != nil || n < 0 {
+			return 0, fmt.Errorf("HEAD %s: the server says its offset is %q", what, r.Header.Get("Upload-Offset"))
+		}
+		return n, nil
 	}
-	defer r.Body.Close()
-	n, err := strconv.ParseInt(r.Header.Get("Upload-Offset"), 10, 64)
-	if err != nil || n < 0 {
-		return 0, fmt.Errorf("HEAD %s: the server says its offset is %q", what, r.Header.Get("Upload-Offset"))
-	}
-	return n, nil
 }
 
 // tusMetadata is the value of Upload-Metadata, from keys and values in turn.

@@ -298,7 +298,7 @@ func (s *Server) put(w http.ResponseWriter, r *http.Request, d *drive, parent *n
 		}
 		want = strings.ToLower(algo) + " " + sum
 	}
-	status, err := s.store(d, parent, name, body, mtime, want, r.Header.Get("If-Match"))
+	status, err := s.store(d, parent, name, body, mtime, want, r.Header.Get("If-None-Match"))
 	if err != nil {
 		fail(w, status, err.Error())
 		return
@@ -313,7 +313,7 @@ func (s *Server) put(w http.ResponseWriter, r *http.Request, d *drive, parent *n
 var errSum = errors.New("The computed checksum does not match the one received from the client.") //nolint:staticcheck // the server's words
 
 // store does what ends every upload.
-func (s *Server) store(d *drive, parent *node, name string, data []byte, mtime time.Time, want, match string) (int, error) {
+func (s *Server) store(d *drive, parent *node, name string, data []byte, mtime time.Time, want, noneMatch string) (int, error) {
 	if parent == nil || !parent.folder {
 		return http.StatusConflict, errors.New("parent does not exist")
 	}
@@ -323,8 +323,8 @@ func (s *Server) store(d *drive, parent *node, name string, data []byte, mtime t
 		return http.StatusConflict, errors.New("resource is not a file")
 	case n != nil && n.locked:
 		return http.StatusLocked, errors.New("file is locked")
-	case match != "" && (n == nil || n.etag() != match):
-		return http.StatusPreconditionFailed, errors.New("etag mismatch")
+	case noneMatch == "*" && n != nil:
+		return http.StatusPreconditionFailed, errors.New("etag mismatch, resource exists")
 	}
 	was := int64(0)
 	if n != nil {
@@ -347,7 +347,7 @@ func (s *Server) store(d *drive, parent *node, name string, data []byte, mtime t
 		key := n.id + ".REV." + n.mtime.UTC().Format(time.RFC3339Nano)
 		if i := slices.IndexFunc(n.versions, func(v version) bool { return v.key == key }); i >= 0 {
 			if !bytes.Equal(n.versions[i].data, n.data) {
-				return http.StatusBadRequest, errSum
+				return http.StatusInternalServerError, errors.New("")
 			}
 		} else {
 			n.versions = append(n.versions, version{key, n.data, n.mtime})
@@ -381,7 +381,6 @@ type session struct {
 	parent *node
 	name   string
 	mtime  time.Time
-	match  string
 	size   int64
 	data   []byte
 	busy   bool
@@ -403,7 +402,7 @@ func (s *Server) tusCreate(w http.ResponseWriter, r *http.Request, d *drive, par
 		w.WriteHeader(http.StatusPreconditionFailed)
 		return
 	}
-	x := &session{drive: d, parent: parent, name: name, size: size, match: r.Header.Get("If-Match")}
+	x := &session{drive: d, parent: parent, name: name, size: size}
 	x.mtime = time.Now()
 	if t, ok := mtimeOf(meta["mtime"]); ok {
 		x.mtime = t
@@ -414,9 +413,6 @@ func (s *Server) tusCreate(w http.ResponseWriter, r *http.Request, d *drive, par
 		return
 	case n != nil && n.locked:
 		w.WriteHeader(http.StatusLocked)
-		return
-	case x.match != "" && (n == nil || n.etag() != x.match):
-		w.WriteHeader(http.StatusPreconditionFailed)
 		return
 	case d.quota > 0 && d.root.size()+size > d.quota:
 		w.WriteHeader(http.StatusInsufficientStorage)
@@ -496,7 +492,7 @@ func (s *Server) upload(w http.ResponseWriter, r *http.Request, id string) {
 		}
 		if int64(len(x.data)) == x.size {
 			delete(s.sessions, id)
-			if status, err := s.store(x.drive, x.parent, x.name, x.data, x.mtime, "", x.match); err != nil {
+			if status, err := s.store(x.drive, x.parent, x.name, x.data, x.mtime, "", ""); err != nil {
 				w.WriteHeader(status)
 				return
 			}

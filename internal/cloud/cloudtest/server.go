@@ -17,8 +17,11 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
+
+	"golang.org/x/crypto/bcrypt"
 )
 
 // Mount is the mount id in the ids of all spaces.
@@ -42,6 +45,8 @@ type Server struct {
 	// Cut is asked before each request: after that many bytes of its body the connection is broken;
 	// 0 leaves it alone.
 	Cut func(*http.Request) int64
+	// Down makes the server answer nothing but errors.
+	Down atomic.Bool
 	// Corrupt changes what arrives of a resumable upload, as a broken proxy would.
 	Corrupt func([]byte)
 
@@ -109,11 +114,17 @@ type trashed struct {
 // New starts a server that t's end stops. It has one administrator, admin with the password admin.
 func New(t testing.TB) *Server {
 	t.Helper()
-	s := newServer()
-	hs := httptest.NewServer(s)
-	t.Cleanup(hs.Close)
-	s.URL = hs.URL
+	s, stop := Start()
+	t.Cleanup(stop)
 	return s
+}
+
+// Start is New where there is no testing.TB.
+func Start() (s *Server, stop func()) {
+	s = newServer()
+	hs := httptest.NewServer(s)
+	s.URL = hs.URL
+	return s, hs.Close
 }
 
 // NewTLS is New with TLS, and the certificate to trust in PEM.
@@ -219,6 +230,19 @@ func (s *Server) Home(name string) string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.home(s.user(name)).id
+}
+
+// Find is the id of a project space by its name, or else of a user's personal space.
+func (s *Server) Find(name string) string {
+	s.mu.Lock()
+	for _, d := range s.drives {
+		if d.kind == "project" && d.name == name {
+			s.mu.Unlock()
+			return d.id
+		}
+	}
+	s.mu.Unlock()
+	return s.Home(name)
 }
 
 // SetQuota limits a space, in bytes.
@@ -373,6 +397,10 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	s.mu.Lock()
 	s.requests = append(s.requests, r.Method+" "+r.URL.Path)
 	s.mu.Unlock()
+	if s.Down.Load() {
+		w.WriteHeader(http.StatusNotImplemented) // which clients do not try again
+		return
+	}
 	if s.Fault != nil {
 		if status := s.Fault(r); status != 0 {
 			w.WriteHeader(status)
@@ -482,12 +510,23 @@ func (s *Server) tokens(w http.ResponseWriter, r *http.Request, u *user) {
 		who.tokens = append(who.tokens, token)
 		reply(w, 200, map[string]string{"token": token})
 	case http.MethodDelete:
-		token := q.Get("token")
-		if !slices.Contains(u.tokens, token) {
+		// The real server of the 1.0 era knows only the hashes that it lists.
+		hash := []byte(q.Get("token"))
+		n := len(u.tokens)
+		u.tokens = slices.DeleteFunc(u.tokens, func(t string) bool { return bcrypt.CompareHashAndPassword(hash, []byte(t)) == nil })
+		if len(u.tokens) == n {
 			w.WriteHeader(http.StatusInternalServerError)
-			return
 		}
-		u.tokens = slices.DeleteFunc(u.tokens, func(t string) bool { return t == token })
+	case http.MethodGet:
+		list := []any{}
+		for _, t := range u.tokens {
+			hash, err := bcrypt.GenerateFromPassword([]byte(t), bcrypt.MinCost)
+			if err != nil {
+				panic(err)
+			}
+			list = append(list, map[string]string{"token": string(hash), "label": "Generated via API"})
+		}
+		reply(w, 200, list)
 	default:
 		w.WriteHeader(http.StatusMethodNotAllowed)
 	}
