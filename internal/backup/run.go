@@ -106,6 +106,7 @@ func Run(ctx context.Context, o Options) (*Result, error) {
 		return nil, err
 	}
 	defer func() { b.closeViews(ctx) }()
+	defer func() { b.watches.close() }()
 	if err := b.warm(ctx); err != nil {
 		return nil, err
 	}
@@ -153,6 +154,7 @@ type run struct {
 	writer    *repo.Writer // nil: dry run
 	dry       *dryTarget
 	views     views
+	watches   *watches // of what the warm copy has read; nil: none
 	capture   *capture.Capture
 	taken     bool // the picture is complete: what is not read yet, views hold still
 }
@@ -215,10 +217,15 @@ func (b *run) warm(ctx context.Context) error {
 	if o.Cold || o.DryRun || o.FullScan || b.views.all() || o.Freezer.Method() == freeze.KindNone {
 		return nil
 	}
+	// So that the frozen pass need not look at what nobody touched in the meantime.
+	var why error
+	if b.watches, why = startWatches(o.Instance, b.views.cold); why != nil {
+		o.Progress.Emit(progress.Event{Kind: progress.Verbose, Phase: "warm", Message: "everything is looked at again during the stop: " + why.Error()})
+	}
 	return repeat(cmp.Or(o.TargetDowntime, DefaultTargetDowntime), time.Now, func(pass int) (bool, error) {
 		began := time.Now()
 		c := b.newCapture(true)
-		err := c.Read(ctx, capture.Part{Has: b.views.cold})
+		err := c.Read(ctx, capture.Part{Has: b.views.cold, Unchanged: b.watches.begin()})
 		if errors.Is(err, fs.ErrNotExist) && ctx.Err() == nil {
 			return false, nil // a space was removed in the middle: what was copied until then is still of use
 		}
@@ -229,6 +236,7 @@ func (b *run) warm(ctx context.Context) error {
 		if err != nil {
 			return false, fmt.Errorf("warm copy: %w", err)
 		}
+		b.watches.end()
 		got := c.Result()
 		b.cache = got.Cache
 		o.Progress.Emit(progress.Event{Kind: progress.Verbose, Phase: "warm",
@@ -260,7 +268,7 @@ func (b *run) readFrozen(ctx context.Context) error {
 	if b.views.all() {
 		return nil
 	}
-	return b.capture.Read(ctx, capture.Part{Has: b.views.cold})
+	return b.capture.Read(ctx, capture.Part{Has: b.views.cold, Unchanged: b.watches.begin()})
 }
 
 // readRest reads the views after the thaw, and what is no data: the environment, the software.

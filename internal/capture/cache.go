@@ -36,7 +36,13 @@ type cachedSpace struct {
 	result []byte            // encoded spaceResult; nil if it must not be used again
 	// What the scans of the nodes and of the blobs saw: listings; nil if directories must be listed.
 	nodesSeen, blobsSeen []byte
+	// live: made by this process, under the lock that still holds. It is not saved.
+	live   bool
+	counts counts
 }
+
+// counts are what the manifest says of the entries of a space: of its metadata and of its blobs.
+type counts struct{ metaEntries, metaBytes, blobEntries, blobBytes int64 }
 
 // cachedPlain holds the contents of the files of one data set by path.
 type cachedPlain struct {

@@ -41,7 +41,7 @@ type Repository interface {
 // Options say what to capture. The zero value of each field is a sensible default.
 type Options struct {
 	Instance *ocis.Instance
-	// View and PictureAt are those of the one Part that Run reads.
+	// View, PictureAt and Unchanged are those of the one Part that Run reads.
 	View func(path string) string
 	// Exclude names data sets to leave out.
 	Exclude map[string]bool
@@ -52,6 +52,7 @@ type Options struct {
 	// FullScan reads everything again and uses nothing of the last run.
 	FullScan  bool
 	PictureAt time.Time
+	Unchanged func(dir string) bool
 	// Warm captures a running instance for the sake of the cache and of what is stored: what changes
 	// meanwhile is passed over without a word, and the result must not become a snapshot.
 	Warm bool
@@ -80,6 +81,9 @@ type Part struct {
 	View func(path string) string
 	// PictureAt is when the picture was made; zero: it is being made, everything holds still.
 	PictureAt time.Time
+	// Unchanged reports whether nothing below the directory dir of the instance was changed since the
+	// capture that made Cache began, which must have been in this process. nil: that is not known.
+	Unchanged func(dir string) bool
 }
 
 // Result is what a capture made. Root, the manifest and the README are not written yet: see Finish.
@@ -132,7 +136,7 @@ type capturer struct {
 // Run captures everything but the manifest in one go.
 func Run(ctx context.Context, r Repository, t Target, o Options) (*Result, error) {
 	c := New(r, t, o)
-	if err := c.Read(ctx, Part{View: o.View, PictureAt: o.PictureAt}); err != nil {
+	if err := c.Read(ctx, Part{View: o.View, PictureAt: o.PictureAt, Unchanged: o.Unchanged}); err != nil {
 		return nil, err
 	}
 	return c.Result(), nil
@@ -545,9 +549,9 @@ func (c *capturer) stores(ctx context.Context) error {
 			switch {
 			case !d.Found:
 			case d.Kind == ocis.Blobs:
-				md.Entries, md.Bytes = sc.blobEntries.Load(), sc.blobBytes.Load()
+				md.Entries, md.Bytes = sc.counts.blobEntries, sc.counts.blobBytes
 			default:
-				md.Entries, md.Bytes = sc.metaEntries.Load(), sc.metaBytes.Load()
+				md.Entries, md.Bytes = sc.counts.metaEntries, sc.counts.metaBytes
 			}
 			c.sets[i] = md
 		}

@@ -149,6 +149,11 @@ type decomposed struct {
 
 func (s *store) decomposedSpace(ctx context.Context, sp *space) (*snapshotPart, error) {
 	d := &decomposed{store: s, sp: sp, old: s.cached(sp.id)}
+	if part := d.untouched(); part != nil {
+		return part, nil
+	}
+	var n counts
+	defer func() { s.count(n) }()
 	blobsDir := sp.rel + "/blobs"
 	// First all but the blobs: they tell which blobs there must be and where users see them.
 	gr := s.c.newGrouper(ctx, s.root, d.old.groups, func() (handler, error) { return &nodeHandler{d: d}, nil })
@@ -170,7 +175,7 @@ func (s *store) decomposedSpace(ctx context.Context, sp *space) (*snapshotPart, 
 		if in := d.inside(e.path); e.isSymlink() && (in == "nodes" || in == "blobs" || in == "trash") {
 			d.unreadable(e.path, errLinkedDir)
 		}
-		d.countMeta(e)
+		n.meta(e)
 		return gr.add(e)
 	})
 	var werr error
@@ -201,7 +206,7 @@ func (s *store) decomposedSpace(ctx context.Context, sp *space) (*snapshotPart, 
 			sc.old, sc.trust = readListing(d.old.blobsSeen, s.rules), d.trustEntry
 		}
 		err := sc.walk(ctx, blobsDir, func(e *entry) error {
-			d.countBlob(e)
+			n.blob(e)
 			return br.add(e)
 		})
 		blobGroups, werr = br.wait()
@@ -214,7 +219,7 @@ func (s *store) decomposedSpace(ctx context.Context, sp *space) (*snapshotPart, 
 	groups := append(append([]*group{}, d.nodeGroups...), blobGroups...)
 	sort.Slice(groups, func(i, j int) bool { return comparePaths(groups[i].first, groups[j].first) < 0 })
 	sum := printOf(groups, sp.folder)
-	cs := &cachedSpace{folder: sp.folder, print: sum}
+	cs := &cachedSpace{folder: sp.folder, print: sum, counts: n}
 	if !d.lossy && s.localTimes {
 		cs.nodesSeen = keep(d.old.nodesSeen, nodesSeen.finish(s.rules))
 		cs.blobsSeen = keep(d.old.blobsSeen, blobsSeen.finish(s.rules))
@@ -248,6 +253,44 @@ func (s *store) decomposedSpace(ctx context.Context, sp *space) (*snapshotPart, 
 	}
 	s.remember(sp.id, cs, groups)
 	return part, nil
+}
+
+// SpaceOf returns the directory of the space that a path belongs to, both relative to the root of a
+// decomposedfs store: spaces/<2>/<rest>. It returns what is above a space as it is, and of what is
+// elsewhere the first name.
+func SpaceOf(rel string) string {
+	parts := strings.SplitN(rel, "/", 4)
+	switch {
+	case parts[0] != "spaces":
+		return parts[0]
+	case len(parts) == 4:
+		return strings.Join(parts[:3], "/")
+	default:
+		return rel
+	}
+}
+
+// Touched reports whether the space in the directory rel is among changed, which SpaceOf named.
+func Touched(changed map[string]bool, rel string) bool {
+	return changed[rel] || changed[path.Dir(rel)] || changed["spaces"] || changed[""]
+}
+
+// untouched returns the result of the last capture of this run if nothing in the space has changed since
+// that capture began, and nil if it has to be looked at.
+func (d *decomposed) untouched() *snapshotPart {
+	old, unchanged := d.old, d.c.part.Unchanged
+	if unchanged == nil || d.c.opts.FullScan || !old.live || old.folder != d.sp.folder || len(old.result) == 0 ||
+		!unchanged(path.Join(d.s.Root, d.sp.rel)) {
+		return nil
+	}
+	part, err := decodePart(old.result)
+	if err != nil || !d.c.hasTrees(part.trees) {
+		return nil
+	}
+	d.count(old.counts)
+	d.c.entries.Add(old.counts.metaEntries + old.counts.blobEntries)
+	d.keepSpace(d.sp.id, old)
+	return part
 }
 
 // trustEntry vouches for what has nothing that could be changed in place: links, and the server's lock

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-backup/holdfast/internal/capture"
+	"github.com/holdfast-backup/holdfast/internal/fswatch"
 	"github.com/holdfast-backup/holdfast/internal/ocis"
 	"github.com/holdfast-backup/holdfast/internal/repo"
 	"github.com/holdfast-backup/holdfast/internal/snapshot"
@@ -258,5 +259,68 @@ func TestUnreadableIsNamed(t *testing.T) {
 	out, err := cmd.CombinedOutput()
 	if err != nil || !strings.Contains(string(out), "--- PASS: TestUnreadableIsNamed") {
 		t.Errorf("%v\n%s", err, out)
+	}
+}
+
+// TestUntouchedSpacesAreNotScanned: within one run, what is known to be unchanged is taken as it was; what
+// is not known is looked at, and the same tree comes out.
+func TestUntouchedSpacesAreNotScanned(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "gen")
+	if _, err := storegen.Generate(t.Context(), storegen.Options{Dir: dir, Seed: 7, Files: 400, Bytes: 1 << 20, Spaces: 8}); err != nil {
+		t.Fatal(err)
+	}
+	inst := instanceOf(dir, "opencloud-posix")
+	r, _ := newRepo(t)
+	first, _, _ := run(t, r, inst, capture.Options{Now: future})
+	store := filepath.Join(dir, "data/storage/users")
+	w, err := fswatch.Start(store, capture.SpaceOf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	if _, err := storegen.Mutate(t.Context(), dir, 1, 0.01); err != nil {
+		t.Fatal(err)
+	}
+	changed, err := w.Take()
+	if err != nil {
+		t.Fatal(err)
+	}
+	asked, same := 0, 0
+	unchanged := func(dir string) bool {
+		rel, ok := strings.CutPrefix(dir, store+"/")
+		if !ok {
+			return false // the system store
+		}
+		asked++
+		if capture.Touched(changed, rel) {
+			return false
+		}
+		same++
+		return true
+	}
+	next, inc, _ := run(t, r, inst, capture.Options{Cache: first.Cache, Unchanged: unchanged, Now: future})
+	_, full, _ := run(t, r, inst, capture.Options{Now: future})
+	if *inc.Tree != *full.Tree {
+		t.Error("the tree is another one than that of a full capture")
+	}
+	if same == 0 || same == asked {
+		t.Errorf("%d of %d spaces were unchanged: the test shows nothing", same, asked)
+	}
+	// From the file, the cache is not of this run.
+	p := filepath.Join(t.TempDir(), "cache")
+	if err := next.Cache.Save(p); err != nil {
+		t.Fatal(err)
+	}
+	c, err := capture.LoadCache(p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := storegen.Mutate(t.Context(), dir, 2, 0.01); err != nil {
+		t.Fatal(err)
+	}
+	_, inc, _ = run(t, r, inst, capture.Options{Cache: c, Unchanged: func(string) bool { return true }, Now: future})
+	_, full, _ = run(t, r, inst, capture.Options{Now: future})
+	if *inc.Tree != *full.Tree {
+		t.Error("what another run had seen was taken for known")
 	}
 }

@@ -118,10 +118,12 @@ type posix struct {
 	paths map[string]string         // node id -> path below the space's root, for versions
 	known map[string]*blobRec       // by path below the store's root, from the cache
 	byID  map[string]*blobRec       // by blob id, from the parent's trees
+	n     counts
 }
 
 func (s *store) posixSpace(ctx context.Context, sp *space) (*snapshotPart, error) {
 	p := &posix{store: s, sp: sp, old: s.cached(sp.id), infos: map[string]ocis.TrashInfo{}, twins: map[string]int{}, paths: map[string]string{}}
+	defer func() { s.count(p.n) }()
 	if len(p.old.groups) > 0 {
 		p.known = map[string]*blobRec{}
 		for _, g := range p.old.groups {
@@ -159,7 +161,7 @@ func (s *store) posixSpace(ctx context.Context, sp *space) (*snapshotPart, error
 			gr.cut()
 			passed++
 		}
-		p.count(e)
+		p.countEntry(e)
 		return gr.add(e)
 	})
 	groups, werr := gr.wait()
@@ -196,7 +198,7 @@ func (s *store) posixSpace(ctx context.Context, sp *space) (*snapshotPart, error
 			s.c.unreadable(s.root.abs(rel), err)
 		}
 		err := sc.walk(ctx, dir, func(e *entry) error {
-			p.count(e)
+			p.countEntry(e)
 			return gr.add(e)
 		})
 		more, werr := gr.wait()
@@ -247,11 +249,11 @@ func (p *posix) inside(full string) string {
 	return strings.TrimPrefix(strings.TrimPrefix(full, p.sp.rel), "/")
 }
 
-func (p *posix) count(e *entry) {
+func (p *posix) countEntry(e *entry) {
 	if e.isRegular() && p.place(p.inside(e.path)).top != "" {
-		p.countBlob(e)
+		p.n.blob(e)
 	} else {
-		p.countMeta(e)
+		p.n.meta(e)
 	}
 }
 

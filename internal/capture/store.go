@@ -9,7 +9,6 @@ import (
 	"sort"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/holdfast-backup/holdfast/internal/ocis"
@@ -31,10 +30,8 @@ type store struct {
 	base       string // /storage/<name> in the snapshot
 	spaces     []*space
 
-	// What the manifest says of the store: entries and bytes of metadata and of blobs.
-	metaEntries, metaBytes, blobEntries, blobBytes atomic.Int64
-
 	mu      sync.Mutex
+	counts  counts
 	uploads map[string]int64         // bytes of the files in uploads/
 	unref   *folder                  // what belongs to no space and is too large for the tar
 	ids     map[string]*snapshotPart // finished spaces by id
@@ -203,6 +200,12 @@ func (s *store) remember(spaceID string, cs *cachedSpace, groups []*group) {
 	for _, g := range groups {
 		cs.groups[g.first] = g
 	}
+	cs.live = true
+	s.keepSpace(spaceID, cs)
+}
+
+// keepSpace keeps cs for the next run.
+func (s *store) keepSpace(spaceID string, cs *cachedSpace) {
 	s.c.mu.Lock()
 	s.c.next.spaces[s.cacheKey(spaceID)] = cs
 	s.c.mu.Unlock()
@@ -230,11 +233,13 @@ func (s *store) rest(ctx context.Context) (content, error) {
 	h := &restHandler{store: s}
 	gr := s.c.newGrouper(ctx, s.root, old.groups, func() (handler, error) { return h, nil })
 	gr.refsOf = func(entries []entry) ([32]byte, error) { return hashRefs(entries, h.ref), nil }
+	var n counts
+	defer func() { s.count(n) }()
 	err := s.scanner(func(rel string) bool { return isSpace[rel] }).walk(ctx, "", func(e *entry) error {
 		if dir, name := path.Split(e.path); dir == "uploads/" && e.isRegular() {
 			s.uploads[name] = e.size
 		}
-		s.countMeta(e)
+		n.meta(e)
 		return gr.add(e)
 	})
 	groups, werr := gr.wait()
@@ -512,16 +517,25 @@ const (
 	userFolderMode = fs.ModeDir | 0o755
 )
 
-func (s *store) countMeta(e *entry) {
-	s.metaEntries.Add(1)
+func (n *counts) meta(e *entry) {
+	n.metaEntries++
 	if e.isRegular() {
-		s.metaBytes.Add(e.size)
+		n.metaBytes += e.size
 	}
 }
 
-func (s *store) countBlob(e *entry) {
-	s.blobEntries.Add(1)
+func (n *counts) blob(e *entry) {
+	n.blobEntries++
 	if e.isRegular() {
-		s.blobBytes.Add(e.size)
+		n.blobBytes += e.size
 	}
+}
+
+func (s *store) count(n counts) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.counts.metaEntries += n.metaEntries
+	s.counts.metaBytes += n.metaBytes
+	s.counts.blobEntries += n.blobEntries
+	s.counts.blobBytes += n.blobBytes
 }
