@@ -42,7 +42,9 @@ type Repository interface {
 type Options struct {
 	Instance *ocis.Instance
 	// View, PictureAt and Unchanged are those of the one Part that Run reads.
-	View func(path string) string
+	View      func(path string) string
+	PictureAt time.Time
+	Unchanged func(dir string) bool
 	// Exclude names data sets to leave out.
 	Exclude map[string]bool
 	// Cache is what the last run remembered; it is replaced by Result.Cache.
@@ -50,9 +52,7 @@ type Options struct {
 	// Known is what the trees of the last snapshot say of blobs, for where the cache knows nothing.
 	Known *Known
 	// FullScan reads everything again and uses nothing of the last run.
-	FullScan  bool
-	PictureAt time.Time
-	Unchanged func(dir string) bool
+	FullScan bool
 	// Warm captures a running instance for the sake of the cache and of what is stored: what changes
 	// meanwhile is passed over without a word, and the result must not become a snapshot.
 	Warm bool

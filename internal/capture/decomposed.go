@@ -280,6 +280,7 @@ func Touched(changed map[string]bool, rel string) bool {
 func (d *decomposed) untouched() *snapshotPart {
 	old, unchanged := d.old, d.c.part.Unchanged
 	if unchanged == nil || d.c.opts.FullScan || !old.live || old.folder != d.sp.folder || len(old.result) == 0 ||
+		old.print == [32]byte{} || // something could not be read, or had just changed
 		!unchanged(path.Join(d.s.Root, d.sp.rel)) {
 		return nil
 	}

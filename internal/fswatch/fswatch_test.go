@@ -55,7 +55,9 @@ func TestEachChange(t *testing.T) {
 		check(t, os.MkdirAll(d, 0o755), os.WriteFile(filepath.Join(d, "f"), []byte("x"), 0o600), os.Symlink("f", filepath.Join(d, "l")))
 	}
 	w := start(t, root)
-	f := func(unit string, name ...string) string { return filepath.Join(append([]string{root, unit}, name...)...) }
+	f := func(unit string, name ...string) string {
+		return filepath.Join(append([]string{root, unit}, name...)...)
+	}
 	for i, c := range []struct {
 		name   string
 		change func(u string)
