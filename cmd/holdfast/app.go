@@ -104,7 +104,9 @@ flag. RESTIC_REPOSITORY, RESTIC_PASSWORD_FILE, RESTIC_PASSWORD_COMMAND and
 RESTIC_PASSWORD are used where ours are not set.
 
 Keys for S3 are found as the AWS tools find them: AWS_ACCESS_KEY_ID and
-AWS_SECRET_ACCESS_KEY, a web identity, or a profile of ~/.aws/credentials.
+AWS_SECRET_ACCESS_KEY, a web identity, or a profile of ~/.aws/credentials. The user and
+password of a REST server are RESTIC_REST_USERNAME and RESTIC_REST_PASSWORD. SFTP
+uses ssh's keys, agent, known hosts and, where it exists, its config file.
 
 An instance that was stopped for a backup is started again whatever happens. Should
 the machine go down, or everything be killed at once, then the next backup starts it,
@@ -122,7 +124,7 @@ or holdfast thaw; holdfast status tells about it.
 	})
 	f := root.PersistentFlags()
 	f.SortFlags = false
-	f.StringVarP(&a.opt.repo, "repo", "r", "", "`address` of the repository: a directory, or s3:https://host/bucket/prefix")
+	f.StringVarP(&a.opt.repo, "repo", "r", "", "`address` of the repository: a directory, s3:https://host/bucket/prefix,\nrest:https://host:8000/path, sftp:user@host:/path or rclone:remote:path")
 	f.StringVarP(&a.opt.passwordFile, "password-file", "p", "", "`file` with the repository's password")
 	f.StringVar(&a.opt.passwordCommand, "password-command", "", "shell `command` that prints the password")
 	f.StringVar(&a.opt.configFile, "config-file", "", "settings `file` (default "+settings.DefaultFile+" if it exists)")

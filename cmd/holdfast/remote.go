@@ -12,6 +12,7 @@ import (
 	"github.com/holdfast-backup/holdfast/internal/backend/location"
 	"github.com/holdfast-backup/holdfast/internal/backend/retry"
 	"github.com/holdfast-backup/holdfast/internal/s3"
+	"github.com/holdfast-backup/holdfast/internal/settings"
 	"github.com/holdfast-backup/holdfast/internal/transport"
 	"github.com/holdfast-backup/holdfast/internal/ui"
 )
@@ -28,6 +29,8 @@ type remoteOptions struct {
 	s3InstanceRole                   bool
 	s3LockDays                       int
 	s3LockMode, s3StorageClass       string
+
+	sftpCommand, rcloneProgram string
 }
 
 func (o *remoteOptions) flags(f *pflag.FlagSet) {
@@ -45,6 +48,8 @@ func (o *remoteOptions) flags(f *pflag.FlagSet) {
 	f.IntVar(&o.s3LockDays, "s3-object-lock-days", 0, "lock every new file in the bucket for so many `days` (Object Lock)")
 	f.StringVar(&o.s3LockMode, "s3-object-lock-mode", "governance", "`mode` of these locks: governance or compliance")
 	f.StringVar(&o.s3StorageClass, "s3-storage-class", "", "storage `class` of packs")
+	f.StringVar(&o.sftpCommand, "sftp-command", "", "shell `command` whose input and output are an SFTP session, instead of ssh")
+	f.StringVar(&o.rcloneProgram, "rclone-program", "", "`path` of rclone (default: the one in PATH)")
 }
 
 func (o *remoteOptions) options(a *app) (location.Options, error) {
@@ -53,7 +58,7 @@ func (o *remoteOptions) options(a *app) (location.Options, error) {
 			CACert: o.caCert, ClientCert: o.clientCert, Insecure: o.insecureTLS, Headers: o.timeout, Idle: o.timeout,
 		},
 		UploadLimit: o.limitUpload, DownloadLimit: o.limitDownload, Connections: o.connections,
-		Env: a.getenv, Version: version,
+		SFTPCommand: o.sftpCommand, RcloneProgram: o.rcloneProgram, Env: a.getenv, Version: version,
 		S3: location.S3Options{
 			Region: o.s3Region, Profile: o.s3Profile, InstanceRole: o.s3InstanceRole, LockDays: o.s3LockDays, StorageClass: o.s3StorageClass,
 		},
@@ -101,6 +106,9 @@ func (a *app) backendAt(ctx context.Context, addr string) (backend.Backend, erro
 	loc, err := location.Parse(addr)
 	if err != nil {
 		return nil, withCode(exitUsage, err)
+	}
+	if loc.Password != "" && a.set["repo"].Layer == settings.Flag {
+		a.ui.Warn("every user of this machine can see the password in --repo; set RESTIC_REST_PASSWORD instead")
 	}
 	o, err := a.opt.remote.options(a)
 	if err != nil {

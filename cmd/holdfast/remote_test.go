@@ -4,19 +4,24 @@ import (
 	"bytes"
 	"context"
 	"maps"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
 
 	"github.com/rogpeppe/go-internal/testscript"
 
+	"github.com/holdfast-backup/holdfast/internal/backend/rest/resttest"
+	"github.com/holdfast-backup/holdfast/internal/backend/sftp/sftptest"
 	"github.com/holdfast-backup/holdfast/internal/s3/s3test"
 )
 
 // remoteCommands are the commands of scripts that start servers.
 var remoteCommands = map[string]func(ts *testscript.TestScript, neg bool, args []string){
-	"s3server": cmdS3Server,
-	"nowhere":  cmdNowhere,
+	"s3server":   cmdS3Server,
+	"restserver": cmdRESTServer,
+	"sftpserver": cmdSFTPServer,
+	"nowhere":    cmdNowhere,
 }
 
 func withRemote(m map[string]func(ts *testscript.TestScript, neg bool, args []string)) map[string]func(ts *testscript.TestScript, neg bool, args []string) {
@@ -46,6 +51,37 @@ func cmdS3Server(ts *testscript.TestScript, neg bool, args []string) {
 	defer c.Close()
 	_, err = c.ListBuckets(context.Background())
 	ts.Check(err)
+}
+
+// restserver DIR [append-only]: serves the repository in DIR until the end of the script. $REST is its
+// address without user and password, which are "me" and $REST_SECRET; $REST_AUTH is the one with them.
+func cmdRESTServer(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) == 0 || len(args) > 2 {
+		ts.Fatalf("usage: restserver DIR [append-only]")
+	}
+	secret := "rest-secret-8374"
+	srv := httptest.NewServer(&resttest.Server{Dir: ts.MkAbs(args[0]), AppendOnly: len(args) > 1, User: "me", Password: secret})
+	ts.Defer(srv.Close)
+	ts.Setenv("REST", srv.URL)
+	ts.Setenv("REST_SECRET", secret)
+	ts.Setenv("REST_AUTH", strings.Replace(srv.URL, "://", "://me:"+secret+"@", 1))
+}
+
+// sftpserver: starts an sshd until the end of the script. $SFTP_COMMAND opens a session, $SFTP_PORT and
+// $SFTP_USER are for addresses, and the home directory gets the keys.
+func cmdSFTPServer(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) > 0 {
+		ts.Fatalf("usage: sftpserver")
+	}
+	dir := ts.MkAbs("sftpserver")
+	ts.Check(os.Mkdir(dir, 0o700))
+	srv, err := sftptest.Run(dir)
+	ts.Check(err)
+	ts.Defer(srv.Stop)
+	ts.Setenv("SFTP_COMMAND", srv.Command())
+	ts.Setenv("SFTP_PORT", srv.Port)
+	ts.Setenv("SFTP_USER", srv.User)
+	ts.Check(os.CopyFS(ts.Getenv("HOME"), os.DirFS(srv.Home)))
 }
 
 // nowhere TEXT DIR...: the last output of a program and all files below the directories are free of TEXT.

@@ -59,7 +59,7 @@ func New(o Options) (*http.Transport, error) {
 				return nil, err
 			}
 			// An answer may take as long as Headers without a byte moving.
-			c = &watched{Conn: c, limit: max(idle, headers)}
+			c = Watch(c, max(idle, headers))
 			if o.Wrap != nil {
 				c = o.Wrap(c)
 			}
@@ -112,6 +112,9 @@ func tlsConfig(o Options) (*tls.Config, error) {
 	}
 	return c, nil
 }
+
+// Watch makes c fail when no byte has moved in either direction for limit while somebody waits for one.
+func Watch(c net.Conn, limit time.Duration) net.Conn { return &watched{c, limit} }
 
 // watched is a connection that fails when nothing has moved for limit.
 type watched struct {

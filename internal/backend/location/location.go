@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"net/url"
+	"os"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -13,18 +14,24 @@ import (
 	"github.com/holdfast-backup/holdfast/internal/backend"
 	"github.com/holdfast-backup/holdfast/internal/backend/limit"
 	"github.com/holdfast-backup/holdfast/internal/backend/local"
+	"github.com/holdfast-backup/holdfast/internal/backend/rclone"
+	"github.com/holdfast-backup/holdfast/internal/backend/rest"
 	bs3 "github.com/holdfast-backup/holdfast/internal/backend/s3"
+	"github.com/holdfast-backup/holdfast/internal/backend/sftp"
 	"github.com/holdfast-backup/holdfast/internal/s3"
 	"github.com/holdfast-backup/holdfast/internal/transport"
 )
 
-// Location is a parsed address. It holds no secret except in User.
+// Location is a parsed address. It holds no secret except in Password.
 type Location struct {
-	Scheme string // local, s3
+	Scheme string // local, s3, rest, sftp, rclone
 
-	Path string // local: the directory as it was given
-
-	Endpoint, Bucket, Prefix string // s3
+	Path             string // local: the directory as it was given; sftp: on the server
+	Endpoint         string // s3, rest: an URL; rest's has a path
+	Bucket, Prefix   string // s3
+	User, Host, Port string // sftp, rest (the user)
+	Password         string // rest; never shown
+	Remote           string // rclone
 }
 
 // Options of Open. The zero value works.
@@ -37,6 +44,10 @@ type Options struct {
 	// that each answer takes, and any number in a directory.
 	Connections int
 	S3          S3Options
+	// SFTPCommand is a shell command whose input and output are an SFTP session.
+	SFTPCommand string
+	// RcloneProgram is the path of rclone.
+	RcloneProgram string
 	// Env looks up environment variables. Nil: os.LookupEnv.
 	Env func(string) (string, bool)
 	// Version of this program, told to servers.
@@ -64,7 +75,7 @@ func (e *Error) Error() string { return fmt.Sprintf("repository %q: %s", e.Addre
 
 // Hints shows addresses.
 func (e *Error) Hints() []string {
-	return []string{"Addresses look like this: /srv/backup, s3:https://s3.example.com/bucket/prefix."}
+	return []string{"Addresses look like this: /srv/backup, s3:https://host/bucket/prefix, rest:https://host:8000/path, sftp:user@host:/path, rclone:remote:path."}
 }
 
 // scheme matches what begins an address that is no plain path. A path with a colon can be written
@@ -92,8 +103,17 @@ func Parse(addr string) (Location, error) {
 		return Location{Scheme: "local", Path: rest}, nil
 	case "s3":
 		return parseS3(rest, fail)
+	case "rest":
+		return parseREST(rest, fail)
+	case "sftp":
+		return parseSFTP(rest, fail)
+	case "rclone":
+		if remote, _, ok := strings.Cut(rest, ":"); !ok || (remote == "" && len(rest) < 2) || strings.HasPrefix(rest, "-") {
+			return fail("rclone's remote and a path are needed: rclone:remote:path")
+		}
+		return Location{Scheme: "rclone", Remote: rest}, nil
 	case "b2", "azure", "gs", "swift":
-		return fail("restic's %s driver is not built in; most such providers speak the S3 protocol as well", m[1])
+		return fail("restic's %s driver is not built in; use the S3 protocol if the provider has it, or rclone", m[1])
 	}
 	return fail("addresses that begin with %q are not known", m[0])
 }
@@ -119,6 +139,72 @@ func parseS3(rest string, fail func(string, ...any) (Location, error)) (Location
 		return fail("%v", err)
 	}
 	return Location{Scheme: "s3", Endpoint: proto + host, Bucket: bucket, Prefix: prefix}, nil
+}
+
+// parseREST understands an URL, with or without user information.
+func parseREST(rest string, fail func(string, ...any) (Location, error)) (Location, error) {
+	u, err := url.Parse(rest)
+	switch {
+	case err != nil: // the library's words would repeat the address with all that is in it
+		return fail("it is no valid URL")
+	case u.Scheme != "http" && u.Scheme != "https":
+		return fail("http:// or https:// is needed after rest:")
+	case u.Hostname() == "":
+		return fail("a host is needed: rest:https://host:8000/path")
+	case u.RawQuery != "" || u.Fragment != "":
+		return fail("a repository's URL has no ? and no #")
+	}
+	l := Location{Scheme: "rest"}
+	if u.User != nil {
+		l.User = u.User.Username()
+		l.Password, _ = u.User.Password()
+		u.User = nil
+	}
+	if !strings.HasSuffix(u.Path, "/") {
+		u.Path += "/"
+	}
+	l.Endpoint = u.String()
+	return l, nil
+}
+
+// parseSFTP understands user@host:path and //user@host:port/path, where a path that is to begin at
+// the root has a second slash.
+func parseSFTP(rest string, fail func(string, ...any) (Location, error)) (Location, error) {
+	l := Location{Scheme: "sftp"}
+	if r, ok := strings.CutPrefix(rest, "//"); ok {
+		u, err := url.Parse("sftp://" + r)
+		if err != nil {
+			return fail("it is no valid URL")
+		}
+		if _, ok := u.User.Password(); ok {
+			return fail("passwords are not used with SFTP: use a key")
+		}
+		l.User, l.Host, l.Port, l.Path = u.User.Username(), u.Hostname(), u.Port(), strings.TrimPrefix(u.Path, "/")
+	} else {
+		host, path, ok := strings.Cut(rest, ":")
+		if strings.HasPrefix(rest, "[") || strings.Contains(rest, "@[") { // an IPv6 address
+			var h string
+			if h, path, ok = strings.Cut(rest, "]:"); ok {
+				host = strings.Replace(h, "[", "", 1)
+			}
+		}
+		if !ok {
+			return fail("a host and a path are needed: sftp:user@host:/path")
+		}
+		if i := strings.LastIndexByte(host, '@'); i >= 0 {
+			l.User, host = host[:i], host[i+1:]
+		}
+		l.Host, l.Path = host, path
+	}
+	switch {
+	case l.Host == "" || l.Path == "":
+		return fail("a host and a path are needed: sftp:user@host:/path")
+	case strings.HasPrefix(l.Host, "-") || strings.HasPrefix(l.User, "-"):
+		return fail("a host or user does not begin with a dash")
+	case strings.HasPrefix(l.Path, "~"):
+		return fail("a tilde is not understood by SFTP servers; a path without a slash at its beginning is below the user's home")
+	}
+	return l, nil
 }
 
 // Redact takes what could be a password out of an address, be it well-formed or not.
@@ -155,6 +241,22 @@ func (l Location) String() string {
 	switch l.Scheme {
 	case "s3":
 		return strings.TrimSuffix("s3:"+l.Endpoint+"/"+l.Bucket+"/"+strings.Trim(l.Prefix, "/"), "/")
+	case "rest":
+		return "rest:" + l.Endpoint
+	case "rclone":
+		return "rclone:" + l.Remote
+	case "sftp":
+		host := l.Host
+		if strings.Contains(host, ":") {
+			host = "[" + host + "]"
+		}
+		if l.User != "" {
+			host = l.User + "@" + host
+		}
+		if l.Port != "" {
+			return "sftp://" + host + ":" + l.Port + "/" + l.Path
+		}
+		return "sftp:" + host + ":" + l.Path
 	}
 	return l.Path
 }
@@ -185,6 +287,17 @@ func (l Location) Open(ctx context.Context, o Options) (backend.Backend, error) 
 	switch l.Scheme {
 	case "s3":
 		be, err = l.openS3(ctx, o)
+	case "rest":
+		be, err = l.openREST(o)
+	case "sftp":
+		be = sftp.New(sftp.Options{
+			User: l.User, Host: l.Host, Port: l.Port, Path: l.Path, Command: o.SFTPCommand, Env: o.Env,
+			Connect: o.Transport.Connect, Idle: o.Transport.Idle, Wrap: o.Transport.Wrap, Location: l.String(),
+		})
+	case "rclone":
+		be, err = rclone.Open(rclone.Options{
+			Remote: l.Remote, Program: o.RcloneProgram, Wrap: o.Transport.Wrap, Headers: o.Transport.Headers, Version: o.Version,
+		})
 	default:
 		err = &Error{l.String(), "unknown kind of repository"}
 	}
@@ -192,6 +305,30 @@ func (l Location) Open(ctx context.Context, o Options) (backend.Backend, error) 
 		return nil, fmt.Errorf("cannot use the repository at %s: %w", l, err)
 	}
 	return limit.New(be, conns, nil), nil
+}
+
+func (l Location) openREST(o Options) (backend.Backend, error) {
+	u, err := url.Parse(l.Endpoint)
+	if err != nil {
+		return nil, err
+	}
+	tr, err := transport.New(o.Transport)
+	if err != nil {
+		return nil, err
+	}
+	env := o.Env
+	if env == nil {
+		env = os.LookupEnv
+	}
+	// As restic does: what the address says goes first.
+	user, password := l.User, l.Password
+	if user == "" {
+		user, _ = env("RESTIC_REST_USERNAME")
+	}
+	if password == "" {
+		password, _ = env("RESTIC_REST_PASSWORD")
+	}
+	return rest.New(rest.Options{URL: u, User: user, Password: password, Transport: tr, Version: o.Version}), nil
 }
 
 func (l Location) openS3(ctx context.Context, o Options) (backend.Backend, error) {
