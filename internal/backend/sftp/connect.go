@@ -12,6 +12,7 @@ import (
 	"os/user"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/pkg/sftp"
@@ -28,12 +29,16 @@ import (
 type session struct {
 	client  *sftp.Client
 	ended   chan struct{} // closed when the client has lost its connection
+	lost    atomic.Bool   // an operation has found out first
 	proc    *child.Process
 	closers []func()
 	cut     func() // ends the connection at once
 }
 
 func (s *session) dead() bool {
+	if s.lost.Load() {
+		return true
+	}
 	select {
 	case <-s.ended:
 		return true

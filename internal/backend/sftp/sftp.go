@@ -121,6 +121,9 @@ func (b *Backend) explain(ctx context.Context, s *session, op string, h backend.
 	case errors.Is(err, fs.ErrPermission):
 		return &backend.PermanentError{Err: fmt.Errorf("%s %v at %s: %w", op, h, b.o.Location, err)}
 	}
+	if errors.Is(err, sftp.ErrSSHFxConnectionLost) || errors.Is(err, io.ErrClosedPipe) || errors.Is(err, net.ErrClosed) {
+		s.lost.Store(true)
+	}
 	if s.dead() {
 		err = s.explain(err)
 	}
