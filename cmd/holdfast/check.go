@@ -14,6 +14,7 @@ import (
 
 func (a *app) checkCommand() *cobra.Command {
 	var readData, noLock bool
+	var against sourceFlags
 	c := &cobra.Command{
 		Use:   "check",
 		Short: "Check that the repository is whole, and prove its snapshots again",
@@ -22,6 +23,10 @@ that they agree. Then prove each of Holdfast's snapshots again. With --read-data
 byte is read and compared with its checksum, which takes as long as reading the
 whole repository.
 
+With --against-source, instead, a sample of the instance as it is now is compared with its
+last snapshot, while the service runs. What was changed since is counted; what differs
+although its change time says that nobody touched it is an error.
+
 Exit code 3 tells that the repository is whole, but that a snapshot in it is
 incomplete because something was missing when it was made.
 
@@ -29,12 +34,16 @@ incomplete because something was missing when it was made.
 		Args: args(0, 0, "no arguments"),
 		RunE: a.verb(func(ctx context.Context, _ []string) error {
 			return a.withRepository(ctx, repoOptions{}, readLock(noLock), func(ctx context.Context, r *repo.Repository) error {
+				if against.on {
+					return a.againstSource(ctx, r, &against)
+				}
 				return a.check(ctx, r, readData)
 			})
 		}),
 	}
 	c.Flags().BoolVar(&readData, "read-data", false, "read and compare every byte")
 	noLockFlag(c, &noLock)
+	against.add(c)
 	return c
 }
 

@@ -17,7 +17,7 @@ const module = "github.com/holdfast-backup/holdfast/"
 // steps are the parts of the flow. They do not import one another; backup and cmd know them all.
 var steps = []string{
 	"internal/discover", "internal/freeze", "internal/fssnap", "internal/source", "internal/capture",
-	"internal/restore", "internal/browse", "internal/verify", "internal/drill", "internal/retention", "internal/consistency", "internal/live",
+	"internal/restore", "internal/browse", "internal/verify", "internal/compare", "internal/drill", "internal/retention", "internal/consistency", "internal/live",
 }
 
 // nouns import nothing of ours.
