@@ -107,6 +107,7 @@ func Run(ctx context.Context, o Options) (*Result, error) {
 	}
 	defer func() { b.closeViews(ctx) }()
 	defer func() { b.watches.close() }()
+	b.adopt(ctx)
 	if err := b.warm(ctx); err != nil {
 		return nil, err
 	}
@@ -139,6 +140,21 @@ func Run(ctx context.Context, o Options) (*Result, error) {
 	}
 	b.remember(res, got.Cache)
 	return res, down
+}
+
+// adopt uses what an interrupted run has stored and could not enter in the index. Without it the same
+// is stored again, so a failure is no reason to give up.
+func (b *run) adopt(ctx context.Context) {
+	if b.o.DryRun {
+		return
+	}
+	got, err := b.o.Repo.AdoptPacks(ctx)
+	switch {
+	case err != nil && ctx.Err() == nil:
+		b.o.Progress.Emit(progress.Event{Kind: progress.Warning, Message: fmt.Sprintf("cannot use what an interrupted run has stored; it is stored again: %v", err)})
+	case got.Packs > 0:
+		b.o.Progress.Emit(progress.Event{Kind: progress.Verbose, Message: fmt.Sprintf("using %d packs (%d bytes) that an interrupted run has stored", got.Packs, got.Bytes)})
+	}
 }
 
 // run is the state of one backup.

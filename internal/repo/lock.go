@@ -122,6 +122,7 @@ func (r *Repository) Lock(ctx context.Context, o LockOptions) (*Lock, context.Co
 			if o.Exclusive {
 				r.exclusive.Store(l)
 			}
+			r.held.Store(l)
 			return l, lctx, nil
 		}
 		var le *LockedError
@@ -266,6 +267,7 @@ func (l *Lock) watch(ctx context.Context) {
 func (l *Lock) Unlock() error {
 	l.once.Do(func() {
 		l.r.exclusive.CompareAndSwap(l, nil)
+		l.r.held.CompareAndSwap(l, nil)
 		l.cancel(context.Canceled)
 		l.done.Wait()
 		ctx := context.Background()

@@ -100,6 +100,7 @@ type Repository struct {
 	indexSem     chan struct{} // held while index files are written
 
 	exclusive atomic.Pointer[Lock] // ours, while it is held
+	held      atomic.Pointer[Lock] // the latest of ours of either kind, while it is held
 
 	// When to write an index file in the middle of a backup.
 	indexBlobs int
