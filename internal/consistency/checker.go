@@ -282,6 +282,7 @@ func (c *checker) space(ctx context.Context, st *storeCheck, sp Space) (*spaceRe
 	if err != nil {
 		return nil, err
 	}
+	s.forgive()
 	s.name()
 	if _, twice := st.infos[sp.ID]; !twice {
 		st.infos[sp.ID] = s.info
@@ -399,7 +400,7 @@ func (c *checker) finding(st *storeCheck, class Class, path, detail string) Find
 
 var noteClasses = map[Class]bool{
 	BlobOrphaned: true, BlobShared: true, UploadInFlight: true, UploadUnfinished: true, UploadLeftover: true, MetadataLeftover: true,
-	TrashLeftover: true, RevisionLeftover: true, IndexStale: true, ShareStale: true, ChangedOutside: true, TemporaryFile: true,
+	TrashLeftover: true, RevisionLeftover: true, IndexStale: true, ShareStale: true, ChangedOutside: true, TemporaryFile: true, RestoreUnfinished: true,
 	UnknownEntry: true,
 }
 

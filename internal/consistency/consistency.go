@@ -44,19 +44,20 @@ const (
 	ShareMalformed    Class = "share-malformed"     // damage: a list of shares that cannot be read
 	ShareWithoutGrant Class = "share-without-grant" // damage: a share that gives no access, since its item has no such grant
 
-	BlobOrphaned     Class = "blob-orphaned"     // note: a blob that nothing refers to
-	BlobShared       Class = "blob-shared"       // note: two nodes refer to one blob
-	UploadInFlight   Class = "upload-in-flight"  // note: content that is in uploads/ still
-	UploadUnfinished Class = "upload-unfinished" // note: an upload that the client did not complete
-	UploadLeftover   Class = "upload-leftover"   // note: a part of an upload without the other
-	MetadataLeftover Class = "metadata-leftover" // note: metadata whose node is gone, as a purge leaves it
-	TrashLeftover    Class = "trash-leftover"    // note: a record of the trash without the item (posix layout)
-	RevisionLeftover Class = "revision-leftover" // note: a version of a file that is gone
-	IndexStale       Class = "index-stale"       // note: an index entry that is not needed any more
-	ShareStale       Class = "share-stale"       // note: a share record whose item is gone or in the trash
-	ChangedOutside   Class = "changed-outside"   // note: a file that was changed behind the server's back (posix layout)
-	TemporaryFile    Class = "temporary-file"    // note: left by a crash in the middle of writing
-	UnknownEntry     Class = "unknown-entry"     // note: what no rule explains
+	BlobOrphaned      Class = "blob-orphaned"      // note: a blob that nothing refers to
+	BlobShared        Class = "blob-shared"        // note: two nodes refer to one blob
+	UploadInFlight    Class = "upload-in-flight"   // note: content that is in uploads/ still
+	UploadUnfinished  Class = "upload-unfinished"  // note: an upload that the client did not complete
+	UploadLeftover    Class = "upload-leftover"    // note: a part of an upload without the other
+	MetadataLeftover  Class = "metadata-leftover"  // note: metadata whose node is gone, as a purge leaves it
+	TrashLeftover     Class = "trash-leftover"     // note: a record of the trash without the item (posix layout)
+	RevisionLeftover  Class = "revision-leftover"  // note: a version of a file that is gone
+	IndexStale        Class = "index-stale"        // note: an index entry that is not needed any more
+	ShareStale        Class = "share-stale"        // note: a share record whose item is gone or in the trash
+	ChangedOutside    Class = "changed-outside"    // note: a file that was changed behind the server's back (posix layout)
+	RestoreUnfinished Class = "restore-unfinished" // note: a restore in place was interrupted; run again, it finishes
+	TemporaryFile     Class = "temporary-file"     // note: left by a crash in the middle of writing
+	UnknownEntry      Class = "unknown-entry"      // note: what no rule explains
 )
 
 // Severity tells damage from notes.

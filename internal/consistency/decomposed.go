@@ -1,6 +1,7 @@
 package consistency
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"io/fs"
@@ -30,6 +31,7 @@ func targetID(target, form string) (id string, ok bool) {
 func (s *spaceCheck) decomposed(ctx context.Context) error {
 	s.trashed = map[key]int32{}
 	s.rootNode = s.t.node(s.sp.ID)
+	s.readJournal()
 	inAttrs := false // before oCIS 3
 	if d, ok := s.st.Place.(*Dir); ok {
 		if f, err := d.openFile(s.sp.Root + "/nodes/" + ocis.NodePath(s.sp.ID) + ".mpk"); errors.Is(err, fs.ErrNotExist) {
@@ -73,6 +75,47 @@ func (s *spaceCheck) decomposed(ctx context.Context) error {
 	}
 	s.sharesOf()
 	return s.readShares(ctx)
+}
+
+// restoreDir is where a restore in place notes the nodes that it is about to write.
+const restoreDir = ".holdfast-restore"
+
+// readJournal reads that list: such nodes may be half there, and the restore finishes when it is run again.
+func (s *spaceCheck) readJournal() {
+	d, ok := s.st.Place.(*Dir)
+	if !ok {
+		return
+	}
+	f, err := d.openFile(restoreDir + "/" + s.sp.ID + ".nodes")
+	if err != nil {
+		return // most stores have none
+	}
+	defer f.Close()
+	s.restoring = map[string]bool{}
+	sc := bufio.NewScanner(f)
+	for sc.Scan() {
+		_, key, _ := strings.Cut(sc.Text(), " ")
+		base, _, _ := cutID(key)
+		s.restoring[base] = true
+	}
+}
+
+// forgive takes out what comes of an interrupted restore, and says so instead.
+func (s *spaceCheck) forgive() {
+	if s.restoring == nil {
+		return
+	}
+	var kept []Finding
+	var about []int32
+	for k, f := range s.res.findings {
+		base, _, _ := cutID(f.Node)
+		if f.Severity == Damage && (s.restoring[base] || f.Class == TreeSize) {
+			continue
+		}
+		kept, about = append(kept, f), append(about, s.about[k])
+	}
+	s.res.findings, s.about = kept, about
+	s.at(RestoreUnfinished, restoreDir+"/"+s.sp.ID+".nodes", "a restore in place was interrupted: run it again, it finishes")
 }
 
 // empty tells whether the folder of the space holds nothing, as a purge may leave it.
@@ -147,6 +190,10 @@ func (s *spaceCheck) trashedNode(id string) *node {
 
 // nodeEntry takes an entry of nodes/aa/bb/cc/dd/.
 func (s *spaceCheck) nodeEntry(e *Entry, shard, name string, inAttrs bool) {
+	if strings.HasPrefix(name, ".holdfast-") {
+		s.at(TemporaryFile, e.Path, "left by a restore in place that was interrupted")
+		return
+	}
 	kind, rest, stamp := ocis.ClassifyNodeName(name)
 	id := shard + rest
 	switch kind.Base() {

@@ -27,6 +27,8 @@ type spaceCheck struct {
 	rootNode int32
 	// lost counts, by place in the findings, nodes whose content nothing names any more.
 	lost []int
+	// restoring are the nodes that an interrupted restore in place was writing; nil if there is none.
+	restoring map[string]bool
 	// nameless tells that something here has lost its id.
 	nameless bool
 	// dups are links beyond the first to the same node; odd are links that lead to no place of a node.
