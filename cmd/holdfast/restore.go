@@ -33,6 +33,8 @@ type restoreFlags struct {
 	reindex                  string
 	to                       toFlags
 	live                     liveFlags
+	inPlace, reportLost      bool
+	saveNewer                string
 }
 
 func (a *app) restoreCommand() *cobra.Command {
@@ -49,6 +51,16 @@ With --to DIR the folder then holds the file, or what is in the folder. Files th
 right already are not written again; one that is in the way is renamed, or with
 --keep-existing left alone. Contents are compared with the checksums that the server
 recorded. --version and --trash get older versions and deleted items.
+
+With --in-place the same goes into the storage of the instance, which must be stopped:
+with its ids, versions and trash, as the server itself would have left it. A space that
+was purged comes back with its members. What is in the way is moved into a dated folder,
+and what has taken the name meanwhile into the trash. An interrupted one goes on when it
+is run again.
+
+With --report-lost nothing is restored: it lists what the instance has that is newer than
+the snapshot. A restore of the whole would lose that, and clients that sync would delete
+it as well, since the server has no way to tell them. --save-newer keeps copies of it.
 
 All else is about whole instances.
 
@@ -68,6 +80,7 @@ into a folder to look at.
 ` + exitHelp(append([]int{exitNotStarted}, repoCodes...)...),
 		Example: `  holdfast restore 'latest:personal/alan/Round 0' --to /tmp/alan
   holdfast restore latest:project/project-alpha-0 --to project.zip
+  holdfast restore latest:personal/alan --in-place
   holdfast restore latest
   holdfast restore latest --base-data-path /srv/new/data --config-dir /srv/new/config
   holdfast restore 'latest:personal/alan/Round 0' --live --user alan --token-file alan.token
@@ -75,11 +88,20 @@ into a folder to look at.
       --reindex-command 'ocis search index --all-spaces'`,
 		Args: args(1, 1, "one argument, SNAPSHOT or SNAPSHOT:SPACE/PATH"),
 		RunE: a.verb(func(ctx context.Context, args []string) error {
+			if f.live.live && (f.inPlace || f.reportLost || f.saveNewer != "") {
+				return usageError("--live excludes --in-place, --report-lost and --save-newer")
+			}
 			if f.live.live {
 				return a.restoreLive(ctx, args[0], f.to, &f.live, f.dryRun, f.noLock)
 			}
 			if err := a.onlyLive(); err != nil {
 				return err
+			}
+			if f.reportLost || f.saveNewer != "" {
+				return a.reportLost(ctx, args[0], &f)
+			}
+			if f.inPlace {
+				return a.restoreInPlace(ctx, args[0], &f)
 			}
 			if f.to != (toFlags{}) || isSpaceAddress(args[0]) {
 				return a.restoreTo(ctx, args[0], &f)
@@ -91,6 +113,9 @@ into a folder to look at.
 	fs.StringVar(&f.to.to, "to", "", "get SPACE/PATH into this `directory`, or as this file if its name ends in .tar or .zip")
 	f.to.pick.add(c)
 	fs.BoolVar(&f.to.keep, "keep-existing", false, "with --to: leave alone what exists and differs")
+	fs.BoolVar(&f.inPlace, "in-place", false, "put SPACE/PATH back into the storage of the stopped instance, exactly")
+	fs.BoolVar(&f.reportLost, "report-lost", false, "restore nothing, list what is newer than the snapshot")
+	fs.StringVar(&f.saveNewer, "save-newer", "", "restore nothing, copy what is newer than the snapshot into this `directory`, by name")
 	fs.StringVar(&p.baseDataPath, "base-data-path", "", "`directory` to restore the base data path to (default: where it was)")
 	fs.StringVar(&p.configDir, "config-dir", "", "`directory` to restore the configuration to (default: where it was)")
 	fs.StringArrayVar(&p.maps, "map", nil, "restore what was at OLD to NEW: `OLD=NEW`; OLD may be the server's own name of it; may be repeated")

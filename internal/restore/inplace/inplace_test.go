@@ -29,6 +29,8 @@ type world struct {
 	r    *repo.Repository
 	tree id.ID
 	m    *snapshot.Manifest
+	// before is what the check finds in the original.
+	before map[string]bool
 }
 
 func newWorld(t *testing.T) *world {
@@ -78,6 +80,19 @@ func (w *world) scene(t *testing.T) *scene {
 		t.Fatalf("%v: %s", err, out)
 	}
 	return s
+}
+
+// reset makes alan's space what it was.
+func (s *scene) reset() {
+	s.t.Helper()
+	old, err := filepath.Glob(filepath.Join(s.users(), ".holdfast-*"))
+	s.must(err)
+	for _, p := range append(old, s.space()) {
+		s.must(os.RemoveAll(p))
+	}
+	if out, err := exec.Command("cp", "-a", filepath.Join(s.dir, "data/storage/users", ocis.SpacePath(alan)), s.space()).CombinedOutput(); err != nil {
+		s.t.Fatalf("%v: %s", err, out)
+	}
 }
 
 func (s *scene) users() string  { return filepath.Join(s.data, "storage/users") }
@@ -161,13 +176,15 @@ func (s *scene) check() []string {
 		s.must(err)
 		return out
 	}
-	before := map[string]bool{}
-	for _, f := range of(filepath.Join(s.dir, "data")) {
-		before[f] = true
+	if s.before == nil {
+		s.world.before = map[string]bool{}
+		for _, f := range of(filepath.Join(s.dir, "data")) {
+			s.before[f] = true
+		}
 	}
 	var out []string
 	for _, f := range of(s.data) {
-		if !before[f] {
+		if !s.before[f] {
 			out = append(out, f)
 		}
 	}
@@ -503,8 +520,9 @@ func TestKilled(t *testing.T) {
 	w := newWorld(t)
 	for _, what := range []string{"file", "damaged", "space"} {
 		t.Run(what, func(t *testing.T) {
-			begin := func() (s *scene, node string) {
-				s = w.scene(t)
+			s := w.scene(t)
+			begin := func() (node string) {
+				s.reset()
 				switch what {
 				case "file":
 					node, _ = s.purge("Round 0/versioned.txt")
@@ -512,9 +530,9 @@ func TestKilled(t *testing.T) {
 					node = s.find("Round 0/versioned.txt")
 					s.must(os.WriteFile(s.node(node)+".mpk", nil, 0o600))
 				}
-				return s, node
+				return node
 			}
-			kill := func(s *scene, node string, at int) (killed bool) {
+			kill := func(node string, at int) (killed bool) {
 				n := 0
 				inplace.SetStep(func() {
 					if n++; n == at {
@@ -531,13 +549,13 @@ func TestKilled(t *testing.T) {
 				s.must(err)
 				return false
 			}
-			every := 1
+			every := 2
 			if what == "space" {
 				every = 120
 			}
 			for at := 1; ; at += every {
-				s, node := begin()
-				killed := kill(s, node, at)
+				node := begin()
+				killed := kill(node, at)
 				if killed && what != "damaged" {
 					for _, f := range s.check() {
 						if strings.HasPrefix(f, "damage ") {
