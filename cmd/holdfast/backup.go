@@ -24,6 +24,7 @@ type backupFlags struct {
 	place                           placeFlags
 	freeze                          freezeFlags
 	view                            viewFlags
+	blobs                           blobFlags
 	cold                            bool
 	targetDowntime                  time.Duration
 	repo                            repoOptions
@@ -59,7 +60,7 @@ read within --target-downtime; then only what changed since is read during the s
 
 Blobs that are stored already are not read again.
 
-` + exitHelp(append([]int{exitIncomplete, exitNotStarted}, repoCodes...)...),
+` + blobHelp + exitHelp(append([]int{exitIncomplete, exitNotStarted}, repoCodes...)...),
 		Example: `  holdfast backup --base-data-path /var/lib/ocis --config-dir /etc/ocis --freeze none
   holdfast backup --stop-command 'systemctl stop ocis' --start-command 'systemctl start ocis'
   holdfast backup --freeze process --ready-url https://localhost:9200/healthz`,
@@ -69,6 +70,7 @@ Blobs that are stored already are not read again.
 	f.place.add(c)
 	f.freeze.add(c)
 	f.view.add(c)
+	f.blobs.add(c)
 	fs := c.Flags()
 	fs.BoolVar(&f.cold, "cold", false, "read nothing before the stop")
 	fs.DurationVar(&f.targetDowntime, "target-downtime", 5*time.Second, "go on copying before the stop until this would do for the rest")
@@ -95,6 +97,10 @@ func (a *app) backup(ctx context.Context, f *backupFlags) error {
 		return err
 	}
 	where.NoSizes = true
+	blobs, err := a.blobOptions(&f.blobs)
+	if err != nil {
+		return err
+	}
 	if f.targetDowntime <= 0 {
 		return usageError("--target-downtime must be longer than nothing, not %s", f.targetDowntime)
 	}
@@ -132,7 +138,7 @@ func (a *app) backup(ctx context.Context, f *backupFlags) error {
 		defer a.held.Store(false)
 		res, err = backup.Run(ctx, backup.Options{
 			Instance: inst, Repo: r, Freezer: fz, Guard: guard, CacheDir: a.cacheDir(),
-			Views: drivers, KeepViews: f.view.keep, Cold: f.cold, TargetDowntime: f.targetDowntime,
+			Blobs: blobs, Views: drivers, KeepViews: f.view.keep, Cold: f.cold, TargetDowntime: f.targetDowntime,
 			ExcludeIndex: f.excludeIndex, ExcludeThumbnails: f.excludeThumbnails,
 			ServerBinary: f.place.serverBinary, SaveImage: f.saveImage, Hostname: f.host, Tags: f.tags,
 			DryRun: f.dryRun, FullScan: f.fullScan, Progress: a.untilThawed(sink), Version: version,
@@ -238,11 +244,39 @@ func (a *app) showBackup(res *backup.Result, rec freeze.Record, dryRun bool) {
 		if p.InFlight > 0 {
 			proof += "; " + ui.Count(p.InFlight, "upload") + " in flight"
 		}
-		a.ui.Text(append(lines, proof)...)
+		a.ui.Text(append(append(lines, proof), bucketLines(m)...)...)
 	}
 	if !p.Complete {
 		a.ui.Text(missingLines(p)...)
 	}
+}
+
+// bucketLines tell how buckets were secured.
+func bucketLines(m *snapshot.Manifest) []string {
+	var out []string
+	for i := range m.Stores {
+		b := m.Stores[i].Bucket
+		if b == nil {
+			continue
+		}
+		line := fmt.Sprintf("  bucket:   %s at %s, ", ui.Quote(b.Bucket), ui.Quote(b.Endpoint))
+		switch b.Way {
+		case snapshot.WayReplica:
+			line += fmt.Sprintf("contents in replica %s at %s", ui.Quote(b.Replica.Bucket), ui.Quote(b.Replica.Endpoint))
+		case snapshot.WayVersions:
+			line += "contents stay there, by their versions"
+			if b.LockedUntil != nil {
+				line += ", locked until " + b.LockedUntil.Format(time.DateTime) + " UTC at least"
+			}
+		default:
+			line += "contents in the repository"
+		}
+		if u := b.Unreferenced; u != nil && u.Objects > 0 {
+			line += fmt.Sprintf("; %s with %s that nothing refers to", ui.Count(u.Objects, "object"), ui.Bytes(u.Bytes))
+		}
+		out = append(out, line)
+	}
+	return out
 }
 
 // missingLines lists what a snapshot lacks.

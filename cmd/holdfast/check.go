@@ -6,6 +6,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/holdfast-backup/holdfast/internal/bucket"
 	"github.com/holdfast-backup/holdfast/internal/repo"
 	"github.com/holdfast-backup/holdfast/internal/snapshot"
 	"github.com/holdfast-backup/holdfast/internal/ui"
@@ -22,6 +23,10 @@ func (a *app) checkCommand() *cobra.Command {
 that they agree. Then prove each of Holdfast's snapshots again. With --read-data every
 byte is read and compared with its checksum, which takes as long as reading the
 whole repository.
+
+Contents that lie in a bucket (backup --blobs replica or versions) are looked up there,
+if HOLDFAST_BUCKET_ACCESS_KEY and HOLDFAST_BUCKET_SECRET_KEY, or those with REPLICA for
+a replica, are set.
 
 With --against-source, instead, a sample of the instance as it is now is compared with its
 last snapshot, while the service runs. What was changed since is counted; what differs
@@ -51,7 +56,12 @@ func (a *app) check(ctx context.Context, r *repo.Repository, readData bool) erro
 	if err := a.loadIndex(ctx, r); err != nil {
 		return err
 	}
-	rep, err := verify.Run(ctx, r, verify.Options{ReadData: readData, Progress: a.ui.Sink()})
+	rep, err := verify.Run(ctx, r, verify.Options{
+		ReadData: readData, Progress: a.ui.Sink(),
+		Bucket: func(ctx context.Context, st *snapshot.Store) (*bucket.Bucket, error) {
+			return a.openSource(ctx, nil, st)
+		},
+	})
 	if err != nil {
 		return fmt.Errorf("cannot check the repository: %w", err)
 	}

@@ -77,13 +77,17 @@ func parseMaps(list []string) ([]discover.PathMap, error) {
 
 func (a *app) discoverCommand() *cobra.Command {
 	var p placeFlags
-	var noSizes bool
+	var noSizes, noBucket bool
 	c := &cobra.Command{
 		Use:   "discover",
 		Short: "Show what belongs to an instance, and where it lies",
 		Long: `Show what belongs to an instance: each data set with its location, filesystem, size,
 and what happens if it is left out. The configuration is read as the server reads it.
 Nothing is changed.
+
+If the blobs lie in a bucket, it is asked whether its keys have the rights of the vendor's
+bucket policy, without leaving anything in it: to list, get, put and delete objects. A
+backup needs the first two.
 
 Without flags the default places of Infinite Scale and OpenCloud are tried.
 
@@ -103,10 +107,14 @@ Without flags the default places of Infinite Scale and OpenCloud are tried.
 				return explain(ctx, fmt.Errorf("cannot find the instance: %w", err))
 			}
 			a.showInstance(inst, !noSizes)
-			return nil
+			if noBucket {
+				return nil
+			}
+			return a.showAccess(ctx, inst)
 		}),
 	}
 	p.add(c)
+	c.Flags().BoolVar(&noBucket, "no-bucket", false, "do not ask the bucket what its keys may do")
 	c.Flags().BoolVar(&noSizes, "no-sizes", false, "do not count entries and bytes, which takes a while on large instances")
 	return c
 }

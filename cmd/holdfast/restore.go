@@ -35,6 +35,7 @@ type restoreFlags struct {
 	live                     liveFlags
 	inPlace, reportLost      bool
 	saveNewer                string
+	objects                  objectFlags
 }
 
 func (a *app) restoreCommand() *cobra.Command {
@@ -67,6 +68,10 @@ All else is about whole instances.
 The destination must be empty. With --overwrite only what differs is written, and what
 is in the way is moved into a dated folder beside it. Nothing is ever restored onto a
 running instance. An interrupted restore goes on when it is run again.
+
+Blobs go back into the bucket that the snapshot names, or into the one of --bucket; only
+what is missing or different is written. With --to-driver an instance changes between
+a bucket and local blobs: s3ng and ocis, decomposeds3 and decomposed.
 
 The server at the destination must have the version that the snapshot was made with:
 restoring and updating are different tasks. Where Holdfast can tell the version (from
@@ -128,11 +133,13 @@ into a folder to look at.
 	fs.BoolVar(&f.allowVer, "allow-version", false, "restore although the server here has another version")
 	fs.StringVar(&p.serverBinary, "server-binary", "", "the program `file` of the server here, to ask it for its version")
 	fs.StringVar(&p.container, "container", "", "the Docker `container` of the server here, to tell its version")
+	fs.StringArrayVar(&p.envFiles, "env-file", nil, "environment `file` of the server here, for the keys of its bucket; may be repeated")
 	fs.StringVar(&p.unit, "unit", "", "the systemd `unit` of the server here, to find its program")
 	fs.StringVar(&f.environmentDir, "environment-dir", "", "write what configured the instance from outside into this `directory`")
 	fs.StringVar(&f.start.start, "start-command", "", "shell `command` that starts the instance after the restore")
 	f.start.addStart(c)
 	fs.StringVar(&f.reindex, "reindex-command", "", "shell `command` that makes the search index anew; run after the start\nif the snapshot holds no index")
+	f.objects.add(c)
 	noLockFlag(c, &f.noLock)
 	f.live.add(c)
 	return c
@@ -176,6 +183,10 @@ func (a *app) restore(ctx context.Context, arg string, f *restoreFlags) error {
 				o.Map = hostMaps(m, maps)
 				o.BasePath = moved(o.BasePath, m.BasePath)
 				o.ConfigDir = moved(o.ConfigDir, m.ConfigDir)
+				if o.Objects, err = a.restoreObjects(ctx, m, f); err != nil {
+					return cannotRestore(sn, err)
+				}
+				defer closeObjects(o.Objects)
 			}
 		}
 		if plan, err = restore.MakePlan(ctx, r, sn, o); err != nil {
@@ -351,6 +362,16 @@ func (a *app) showRestore(sn *snapshot.Snapshot, plan *restore.Plan, res *restor
 			})
 		}
 		a.ui.Text(ui.Table([]string{"Data set", ">Written", ">Unchanged", ">Size", ">Moved", "Location"}, rows)...)
+		for _, b := range res.Buckets {
+			a.ui.Text(fmt.Sprintf("bucket %s at %s: %s written (%d of them replaced, %s), %d unchanged", ui.Quote(b.Bucket), ui.Quote(b.Endpoint),
+				ui.Count(b.Put+b.Replaced, "object"), b.Replaced, ui.Bytes(b.Bytes), b.Unchanged))
+			if b.Aside != "" {
+				a.ui.Text("  copies of what was replaced are below " + ui.Quote(b.Aside))
+			}
+			if b.Extra > 0 {
+				a.ui.Text(fmt.Sprintf("  %s the snapshot does not have, %d deleted", ui.Count(b.Extra, "object"), b.Deleted))
+			}
+		}
 		for _, p := range res.Aside {
 			a.ui.Text("what was in the way is in " + ui.Quote(p))
 		}

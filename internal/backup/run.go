@@ -64,6 +64,8 @@ type Options struct {
 	Cold bool
 	// TargetDowntime ends the warm copy: a pass that takes less is good enough. Zero: DefaultTargetDowntime.
 	TargetDowntime time.Duration
+	// Blobs says how a bucket is secured, if the blobs lie in one.
+	Blobs BlobOptions
 	// DryRun reads and proves, and writes nothing into the repository.
 	DryRun bool
 	// FullScan uses nothing of the last run.
@@ -101,6 +103,7 @@ func Run(ctx context.Context, o Options) (*Result, error) {
 	if err != nil {
 		return nil, err
 	}
+	defer b.closeBuckets()
 	// Which data sets can be held still by views, and which must be copied while nothing writes.
 	if err := b.planViews(ctx); err != nil {
 		return nil, err
@@ -173,6 +176,7 @@ type run struct {
 	watches   *watches // of what the warm copy has read; nil: none
 	capture   *capture.Capture
 	taken     bool // the picture is complete: what is not read yet, views hold still
+	objects   map[string]*capture.Objects
 }
 
 // prepare does what can be done while the service runs.
@@ -181,11 +185,6 @@ func prepare(ctx context.Context, o *Options) (*run, error) {
 		o.Now = time.Now
 	}
 	b := &run{o: o, start: o.Now(), paths: sourcePaths(o.Instance)}
-	for i := range o.Instance.Stores {
-		if s := &o.Instance.Stores[i]; s.S3 != nil {
-			return nil, &UnsupportedError{Store: s.Name, Driver: s.Driver}
-		}
-	}
 	var err error
 	if b.parent, err = findParent(ctx, o.Repo, o.Hostname, b.paths); err != nil {
 		o.warn("%v", err)
@@ -198,6 +197,10 @@ func prepare(ctx context.Context, o *Options) (*run, error) {
 		}
 	}
 	if b.software, err = softwareFiles(o); err != nil {
+		return nil, err
+	}
+	if err = b.openBuckets(ctx); err != nil {
+		b.closeBuckets()
 		return nil, err
 	}
 	if o.DryRun {
@@ -219,7 +222,7 @@ func (b *run) target() capture.Target {
 func (b *run) newCapture(warm bool) *capture.Capture {
 	o := b.o
 	return capture.New(o.Repo, b.target(), capture.Options{
-		Instance: o.Instance, Exclude: excluded(o), Software: b.software, Cache: b.cache, Known: b.known,
+		Instance: o.Instance, Exclude: excluded(o), Software: b.software, Cache: b.cache, Known: b.known, Objects: b.objects,
 		FullScan: o.FullScan, Warm: warm, Progress: o.Progress, Now: o.Now,
 	})
 }
@@ -230,7 +233,7 @@ func (b *run) newCapture(warm bool) *capture.Capture {
 // again.
 func (b *run) warm(ctx context.Context) error {
 	o := b.o
-	if o.Cold || o.DryRun || o.FullScan || b.views.all() || o.Freezer.Method() == freeze.KindNone {
+	if o.Cold || o.DryRun || o.FullScan || b.views.all() && len(b.objects) == 0 || o.Freezer.Method() == freeze.KindNone {
 		return nil
 	}
 	// So that the frozen pass need not look at what nobody touched in the meantime.
@@ -241,7 +244,9 @@ func (b *run) warm(ctx context.Context) error {
 	return repeat(cmp.Or(o.TargetDowntime, DefaultTargetDowntime), time.Now, func(pass int) (bool, error) {
 		began := time.Now()
 		c := b.newCapture(true)
-		err := c.Read(ctx, capture.Part{Has: b.views.cold, Unchanged: b.watches.begin()})
+		// Objects that are deleted after the views are made can no longer be read.
+		has := func(root string) bool { return b.views.cold(root) || b.hasBucket(root) }
+		err := c.Read(ctx, capture.Part{Has: has, Unchanged: b.watches.begin()})
 		if errors.Is(err, fs.ErrNotExist) && ctx.Err() == nil {
 			return false, nil // a space was removed in the middle: what was copied until then is still of use
 		}
@@ -361,18 +366,6 @@ func (b *run) remember(res *Result, c *capture.Cache) {
 
 func (o *Options) warn(format string, args ...any) {
 	o.Progress.Emit(progress.Event{Kind: progress.Warning, Phase: "backup", Message: fmt.Sprintf(format, args...)})
-}
-
-// UnsupportedError says that the blobs of a store lie where Holdfast cannot read them yet.
-type UnsupportedError struct{ Store, Driver string }
-
-func (e *UnsupportedError) Error() string {
-	return fmt.Sprintf("the blobs of store %s lie on S3 (driver %s), and this version backs up local blobs only", e.Store, e.Driver)
-}
-
-// Hints says what to do next.
-func (e *UnsupportedError) Hints() []string {
-	return []string{"A backup without the bucket would be incomplete, so nothing was written."}
 }
 
 // FreezeRecord is what the manifest says of the freeze. A freeze that stopped nothing has no times, so

@@ -39,6 +39,8 @@ type cachedSpace struct {
 	// live: made by this process, under the lock that still holds. It is not saved.
 	live   bool
 	counts counts
+	// spare counts the objects of a bucket that nothing refers to, as of the last listing.
+	spare spareCount
 }
 
 // counts are what the manifest says of the entries of a space: of its metadata and of its blobs.
@@ -80,7 +82,7 @@ func (c *Cache) carryStore(old *Cache, name string) {
 }
 
 // cacheMagic names the format; another number is another format, and then the cache is not used.
-const cacheMagic = "holdfast cache 4\n"
+const cacheMagic = "holdfast cache 5\n"
 
 // LoadCache reads the cache at path. Anything wrong with it gives an empty cache and an error worth
 // a line at the most.
@@ -113,6 +115,7 @@ func LoadCache(path string) (*Cache, error) {
 		}
 		s.result = d.bytes()
 		s.nodesSeen, s.blobsSeen = d.bytes(), d.bytes()
+		s.spare = spareCount{listed: d.bool(), objects: d.int(), bytes: d.int(), captured: d.int()}
 		c.spaces[key] = s
 	}
 	for n := d.count(); n > 0 && !d.bad; n-- {
@@ -185,6 +188,10 @@ func (c *Cache) write(f io.Writer) error {
 			put()
 			_, _ = w.Write(b)
 		}
+		e.bool(s.spare.listed)
+		e.int(s.spare.objects)
+		e.int(s.spare.bytes)
+		e.int(s.spare.captured)
 	}
 	e.count(len(c.plain))
 	for key, pl := range c.plain {

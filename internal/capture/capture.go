@@ -56,6 +56,8 @@ type Options struct {
 	// Warm captures a running instance for the sake of the cache and of what is stored: what changes
 	// meanwhile is passed over without a word, and the result must not become a snapshot.
 	Warm bool
+	// Objects says of each store whose blobs lie in a bucket how to secure them, by its name.
+	Objects map[string]*Objects
 	// Software files to keep: place below /software -> what to read.
 	Software map[string]SoftwareFile
 	// Workers is the number of groups and files read at once; 0: twice the processors.
@@ -119,6 +121,7 @@ type capturer struct {
 	root    *folder
 	sets    map[int]snapshot.DataSet // what was read, by its place in the instance
 	found   map[int]snapshot.Store
+	buckets map[int]snapshot.DataSet // the blobs of a store, if they lie in a bucket
 	kept    *snapshot.Software
 
 	entries   atomic.Int64
@@ -160,7 +163,7 @@ func New(r Repository, t Target, o Options) *Capture {
 	c := &capturer{
 		opts: o, repo: r, target: t,
 		slots: make(chan struct{}, o.Workers),
-		root:  newFolder(), sets: map[int]snapshot.DataSet{}, found: map[int]snapshot.Store{},
+		root:  newFolder(), sets: map[int]snapshot.DataSet{}, found: map[int]snapshot.Store{}, buckets: map[int]snapshot.DataSet{},
 		next: newCache(),
 	}
 	c.saver = newSaver(t, r.ChunkerSeed(), &c.bytesRead)
@@ -224,6 +227,9 @@ func (c *capturer) result() *Result {
 			if inst.DataSets[i].Store == inst.Stores[k].Name {
 				m.DataSets = append(m.DataSets, c.described(i))
 			}
+		}
+		if md, ok := c.buckets[k]; ok {
+			m.DataSets = append(m.DataSets, md)
 		}
 		if s, ok := c.found[k]; ok {
 			m.Stores = append(m.Stores, s)
@@ -410,11 +416,7 @@ func (c *capturer) judge(m *snapshot.Manifest) {
 			p.NotCaptured = append(p.NotCaptured, d.Name)
 		}
 	}
-	want := []ocis.Kind{ocis.Config, ocis.System, ocis.Metadata}
-	if m.Setup != "s3" {
-		want = append(want, ocis.Blobs)
-	}
-	for _, k := range want {
+	for _, k := range []ocis.Kind{ocis.Config, ocis.System, ocis.Metadata, ocis.Blobs} {
 		if !kinds[string(k)] {
 			p.NotCaptured = append(p.NotCaptured, "all "+string(k)+" data")
 		}
@@ -531,6 +533,13 @@ func (c *capturer) stores(ctx context.Context) error {
 			continue
 		}
 		ms := snapshot.Store{Name: s.Name, Root: s.Root, Driver: s.Driver, Layout: string(s.Layout), Prefix: s.Prefix, Spaces: []snapshot.Space{}}
+		var objects *Objects
+		if s.S3 != nil {
+			if objects = c.opts.Objects[s.Name]; objects == nil {
+				return fmt.Errorf("the blobs of store %s lie in a bucket, and nothing says how to reach it", s.Name)
+			}
+			ms.Bucket = objects.record()
+		}
 		sc, err := c.newStore(s)
 		if err != nil {
 			return err
@@ -554,6 +563,12 @@ func (c *capturer) stores(ctx context.Context) error {
 				md.Entries, md.Bytes = sc.counts.metaEntries, sc.counts.metaBytes
 			}
 			c.sets[i] = md
+		}
+		if objects != nil { // no path of the instance leads there, so no data set does
+			c.buckets[k] = snapshot.DataSet{
+				Name: "storage-" + s.Name + "-blobs", Kind: string(ocis.Blobs), Path: s.Root, Class: string(ocis.Required), Store: s.Name,
+				Tree: "/storage/" + s.Name, Captured: true, Entries: sc.counts.blobEntries, Bytes: sc.counts.blobBytes,
+			}
 		}
 	}
 	return nil

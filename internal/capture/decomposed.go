@@ -109,6 +109,8 @@ type nodeMeta struct {
 	size     int64
 	sha1     [20]byte
 	hasSHA1  bool
+	md5      [16]byte
+	hasMD5   bool
 	mtime    time.Time
 	tmtime   time.Time
 	origin   string
@@ -120,8 +122,11 @@ type demand struct {
 	size    int64
 	sha1    [20]byte
 	hasSHA1 bool
-	place   string // path in the snapshot
-	label   string // path for people
+	md5     [16]byte
+	hasMD5  bool
+	mtime   timespec // of the content as users see it
+	place   string   // path in the snapshot
+	label   string   // path for people
 	rec     *blobRec
 	problem string
 	detail  string
@@ -145,6 +150,8 @@ type decomposed struct {
 	large      []*blobRec // large files that no rule explains
 	lossyMu    sync.Mutex
 	lossy      bool
+	spare      spareCount
+	objects    counts // of the bucket
 }
 
 func (s *store) decomposedSpace(ctx context.Context, sp *space) (*snapshotPart, error) {
@@ -160,7 +167,8 @@ func (s *store) decomposedSpace(ctx context.Context, sp *space) (*snapshotPart, 
 	gr.refsOf = func(entries []entry) ([32]byte, error) { return hashRefs(entries, (&nodeHandler{d: d}).ref), nil }
 	after := false
 	quick := !s.c.opts.FullScan && s.localTimes
-	sc := s.scanner(func(rel string) bool { return rel == blobsDir })
+	// What an instance with a bucket has in blobs/ is left from before, and nothing knows of it.
+	sc := s.scanner(func(rel string) bool { return s.obj == nil && rel == blobsDir })
 	sc.unreadable = d.unreadable
 	sc.record = s.c.newListingWriter()
 	if quick {
@@ -183,7 +191,7 @@ func (s *store) decomposedSpace(ctx context.Context, sp *space) (*snapshotPart, 
 	if err = firstOf(werr, err); err != nil {
 		return nil, err
 	}
-	sameNodes := !gr.fresh && len(d.nodeGroups) == countGroups(d.old.groups, blobsDir, false) && d.old.folder == sp.folder
+	sameNodes := !gr.fresh && len(d.nodeGroups) == d.oldNodeGroups() && d.old.folder == sp.folder
 	// Then the blobs.
 	br := s.c.newGrouper(ctx, s.root, d.old.groups, func() (handler, error) {
 		return &blobHandler{d: d}, d.build(ctx)
@@ -198,7 +206,12 @@ func (s *store) decomposedSpace(ctx context.Context, sp *space) (*snapshotPart, 
 	}
 	var blobGroups []*group
 	blobsSeen := s.c.newListingWriter()
-	if _, err := s.root.stat(blobsDir); err == nil {
+	if s.obj != nil {
+		if blobGroups, br.fresh, err = d.objectGroups(ctx, sameNodes); err != nil {
+			return nil, err
+		}
+		n.blobEntries, n.blobBytes = d.objects.blobEntries, d.objects.blobBytes
+	} else if _, err := s.root.stat(blobsDir); err == nil {
 		sc := s.scanner(nil)
 		sc.unreadable = d.unreadable
 		sc.record = blobsSeen
@@ -219,7 +232,7 @@ func (s *store) decomposedSpace(ctx context.Context, sp *space) (*snapshotPart, 
 	groups := append(append([]*group{}, d.nodeGroups...), blobGroups...)
 	sort.Slice(groups, func(i, j int) bool { return comparePaths(groups[i].first, groups[j].first) < 0 })
 	sum := printOf(groups, sp.folder)
-	cs := &cachedSpace{folder: sp.folder, print: sum, counts: n}
+	cs := &cachedSpace{folder: sp.folder, print: sum, counts: n, spare: d.spare}
 	if !d.lossy && s.localTimes {
 		cs.nodesSeen = keep(d.old.nodesSeen, nodesSeen.finish(s.rules))
 		cs.blobsSeen = keep(d.old.blobsSeen, blobsSeen.finish(s.rules))
@@ -232,8 +245,12 @@ func (s *store) decomposedSpace(ctx context.Context, sp *space) (*snapshotPart, 
 		}
 		if !br.fresh && sum == d.old.print && len(d.old.result) > 0 && len(groups) == len(d.old.groups) {
 			if part, err := decodePart(d.old.result); err == nil && s.c.hasTrees(part.trees) {
-				cs.result = d.old.result
+				if s.obj != nil { // its objects were not looked at one by one
+					n.blobEntries, n.blobBytes = part.proof.Blobs, part.proof.Bytes
+				}
+				cs.result, cs.counts = d.old.result, n
 				s.remember(sp.id, cs, groups)
+				part.spare = d.spare
 				return part, nil
 			}
 		}
@@ -248,6 +265,7 @@ func (s *store) decomposedSpace(ctx context.Context, sp *space) (*snapshotPart, 
 	if part.tar, err = s.finishTar(ctx, groups); err != nil {
 		return nil, err
 	}
+	part.spare = d.spare
 	if part.perfect {
 		cs.result = encodePart(part)
 	}
@@ -281,6 +299,7 @@ func (d *decomposed) untouched() *snapshotPart {
 	old, unchanged := d.old, d.c.part.Unchanged
 	if unchanged == nil || d.c.opts.FullScan || !old.live || old.folder != d.sp.folder || len(old.result) == 0 ||
 		old.print == [32]byte{} || // something could not be read, or had just changed
+		d.obj != nil && !d.obj.LockUntil.IsZero() || // the warm pass locks nothing
 		!unchanged(path.Join(d.s.Root, d.sp.rel)) {
 		return nil
 	}
@@ -291,6 +310,7 @@ func (d *decomposed) untouched() *snapshotPart {
 	d.count(old.counts)
 	d.c.entries.Add(old.counts.metaEntries + old.counts.blobEntries)
 	d.keepSpace(d.sp.id, old)
+	part.spare = old.spare
 	return part
 }
 
@@ -308,11 +328,20 @@ func (d *decomposed) unreadable(rel string, err error) {
 	d.c.unreadable(d.root.abs(rel), err)
 }
 
-// countGroups counts the groups that lie below dir, or that do not.
-func countGroups(groups map[string]*group, dir string, below bool) int {
+// isBlobGroup reports whether the group that begins with first holds blobs.
+func (d *decomposed) isBlobGroup(first string) bool {
+	dir := d.sp.rel + "/blobs"
+	if d.obj != nil {
+		return strings.HasPrefix(first, dir+objectsInfix)
+	}
+	return first == dir || within(first, dir)
+}
+
+// oldNodeGroups counts the groups of last time that hold no blobs.
+func (d *decomposed) oldNodeGroups() int {
 	n := 0
-	for first := range groups {
-		if (first == dir || within(first, dir)) == below {
+	for first := range d.old.groups {
+		if !d.isBlobGroup(first) {
 			n++
 		}
 	}
@@ -430,6 +459,10 @@ func encodeMeta(rec *encoder, key string, m *ocis.NodeMeta, err error) {
 	if m.HasSHA1 {
 		rec.p = append(rec.p, m.SHA1[:]...)
 	}
+	rec.bool(m.HasMD5)
+	if m.HasMD5 {
+		rec.p = append(rec.p, m.MD5[:]...)
+	}
 	encodeTime(rec, m.MTime)
 	encodeTime(rec, m.TMTime)
 	rec.str(m.TrashOrigin)
@@ -461,6 +494,9 @@ func decodeMeta(d *decoder, n *dnode) {
 	m.name, m.typ, m.blob, m.size = d.str(), ocis.NodeType(d.byte()), d.str(), d.int()
 	if m.hasSHA1 = d.bool(); m.hasSHA1 {
 		copy(m.sha1[:], d.take(len(m.sha1)))
+	}
+	if m.hasMD5 = d.bool(); m.hasMD5 {
+		copy(m.md5[:], d.take(len(m.md5)))
 	}
 	m.mtime, m.tmtime, m.origin, m.inFlight = decodeTime(d), decodeTime(d), d.str(), d.bool()
 }
@@ -520,7 +556,7 @@ func (d *decomposed) doBuild(ctx context.Context) error {
 	if len(d.old.groups) > 0 {
 		d.known = map[string]*blobRec{}
 		for first, g := range d.old.groups {
-			if !within(first, d.sp.rel+"/blobs") && first != d.sp.rel+"/blobs" {
+			if !d.isBlobGroup(first) {
 				continue
 			}
 			for dec := (decoder{p: g.recs}); len(dec.p) > 0 && !dec.bad; {
@@ -571,7 +607,13 @@ func (d *decomposed) label(key string, n *dnode) string {
 func (d *decomposed) need(n *dnode, place, label string) *demand {
 	w := d.want[n.meta.blob]
 	if w == nil {
-		w = &demand{size: n.meta.size, sha1: n.meta.sha1, hasSHA1: n.meta.hasSHA1, place: place, label: label, flight: n.meta.inFlight}
+		w = &demand{
+			size: n.meta.size, sha1: n.meta.sha1, hasSHA1: n.meta.hasSHA1, md5: n.meta.md5, hasMD5: n.meta.hasMD5,
+			mtime: n.mtime, place: place, label: label, flight: n.meta.inFlight,
+		}
+		if t := n.meta.mtime; !t.IsZero() {
+			w.mtime = timespec{t.Unix(), int64(t.Nanosecond())}
+		}
 		if place == "" {
 			w.place = inSnapshot(d.base, "unreferenced", snapshot.SafeName(d.sp.id), snapshot.SafeName(n.meta.blob))
 		}
@@ -795,6 +837,7 @@ func (d *decomposed) assemble(ctx context.Context, blobGroups []*group) (*snapsh
 			unref = newFolder()
 		}
 		n := b.node(snapshot.SafeName(b.id))
+		d.linkNode(n, b)
 		n.Xattrs = append(n.Xattrs, snapshot.Xattr{Name: snapshot.AttrBlobID, Value: []byte(b.id)})
 		if b.hasSHA1 {
 			n.Xattrs = append(n.Xattrs, snapshot.Xattr{Name: snapshot.AttrSHA1, Value: []byte(hex.EncodeToString(b.sha1[:]))})
@@ -1042,22 +1085,25 @@ func (t *treeMaker) file(top, rel, name string, n *dnode, key string) {
 	}
 	node := &snapshot.Node{Name: name, Type: snapshot.File, Mode: userFileMode, ModTime: mt, UID: n.uid, GID: n.gid}
 	node.Xattrs = append(node.Xattrs, snapshot.Xattr{Name: snapshot.AttrID, Value: []byte(nodeIDOf(key))})
+	size := int64(0)
 	if m.blob != "" {
 		w := t.d.want[m.blob]
 		if w == nil || w.rec == nil {
 			return // a file without its content would look like an empty one
 		}
 		setContent(node, w.rec.contents)
+		t.d.linkNode(node, w.rec)
+		size = w.rec.size
 		node.Xattrs = append(node.Xattrs, snapshot.Xattr{Name: snapshot.AttrBlobID, Value: []byte(m.blob)})
 		if m.hasSHA1 {
 			node.Xattrs = append(node.Xattrs, snapshot.Xattr{Name: snapshot.AttrSHA1, Value: []byte(hex.EncodeToString(m.sha1[:]))})
 		}
 	}
 	t.part.files++
-	t.part.bytes += int64(node.Size)
+	t.part.bytes += size
 	if top == "spaces" {
 		t.part.info.Files++
-		t.part.info.Bytes += int64(node.Size)
+		t.part.info.Bytes += size
 	}
 	if st := t.stack[top]; len(st) > 0 {
 		p := st[len(st)-1]

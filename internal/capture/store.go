@@ -27,7 +27,8 @@ type store struct {
 	rules uint64                // what skip leaves out, as a number
 	// localTimes: what a directory's times say can be believed.
 	localTimes bool
-	base       string // /storage/<name> in the snapshot
+	base       string   // /storage/<name> in the snapshot
+	obj        *Objects // nil: the blobs lie on disk
 	spaces     []*space
 
 	mu      sync.Mutex
@@ -60,7 +61,8 @@ type snapshotPart struct {
 	dirs      int64
 	bytes     int64
 	trees     []id.ID
-	perfect   bool // nothing missing, in flight or unreadable: may be used again
+	spare     spareCount // not kept with the result: see cachedSpace
+	perfect   bool       // nothing missing, in flight or unreadable: may be used again
 }
 
 // unrefStore is the folder below unreferenced/ for what belongs to no space.
@@ -72,10 +74,14 @@ func (c *capturer) newStore(s *ocis.Store) (*store, error) {
 		return nil, err
 	}
 	skip, below := c.nested(s.Root)
-	return &store{
+	st := &store{
 		c: c, s: s, root: r, skip: skip, rules: scanRules(below), localTimes: localTimes(r), base: "/storage/" + s.Name,
 		uploads: map[string]int64{}, ids: map[string]*snapshotPart{},
-	}, nil
+	}
+	if s.S3 != nil {
+		st.obj = c.opts.Objects[s.Name]
+	}
+	return st, nil
 }
 
 // run captures the store and returns its folder.
@@ -91,6 +97,9 @@ func (s *store) run(ctx context.Context, m *snapshot.Store) (*folder, error) {
 		return nil, err
 	}
 	s.nameSpaces()
+	if err := s.checkRules(); err != nil {
+		return nil, err
+	}
 	out := newFolder()
 	tar, err := s.rest(ctx)
 	if err != nil {
@@ -123,6 +132,9 @@ func (s *store) run(ctx context.Context, m *snapshot.Store) (*folder, error) {
 	for _, sp := range s.spaces {
 		s.add(out, sp, s.ids[sp.id])
 		m.Spaces = append(m.Spaces, s.ids[sp.id].info)
+	}
+	if m.Bucket != nil {
+		m.Bucket.Unreferenced = s.unreferenced()
 	}
 	if s.unref != nil {
 		out.sub("unreferenced").folders[unrefStore] = s.unref
@@ -185,7 +197,7 @@ func (s *store) finishTar(ctx context.Context, groups []*group) (content, error)
 // cacheKey names a space in the cache; the rest of the store has the empty space id.
 // What is remembered depends on how the store is read.
 func (s *store) cacheKey(spaceID string) string {
-	return strings.Join([]string{s.s.Name, string(s.s.Layout), s.s.Prefix, spaceID}, "/")
+	return strings.Join([]string{s.s.Name, string(s.s.Layout), s.s.Prefix, s.obj.identity(), spaceID}, "/")
 }
 
 func (s *store) cached(spaceID string) *cachedSpace {
@@ -367,6 +379,7 @@ type blobRec struct {
 	hasSHA1  bool
 	contents content
 	xattrs   []xattr
+	object   objectRef // where the content lay, or lies, in a bucket
 }
 
 func newBlobRec(blob string, e *entry, got *content, sha1 bool) *blobRec {
@@ -387,6 +400,7 @@ func (b *blobRec) encode(e *encoder) {
 		e.int(h.Len)
 	}
 	e.ids(b.contents.ids)
+	b.object.encode(e)
 }
 
 func decodeBlob(d *decoder) *blobRec {
@@ -400,6 +414,7 @@ func decodeBlob(d *decoder) *blobRec {
 	}
 	b.contents.ids = d.ids()
 	b.contents.size = b.size
+	b.object = decodeObject(d)
 	return b
 }
 
@@ -428,12 +443,14 @@ func (b *blobRec) node(name string) *snapshot.Node {
 // Known is what the trees of a snapshot say of blobs: by store and blob id.
 type Known struct {
 	stores map[string]map[string]*blobRec
+	// identities tell of each store where contents lie that the repository does not have.
+	identities map[string]string
 }
 
 // LoadKnown walks the users' trees of the snapshot sn. It takes a while for a large one, so it is done
 // before anything is frozen. A snapshot that cannot be read, or is not ours, tells nothing.
 func LoadKnown(ctx context.Context, r Repository, sn *snapshot.Snapshot, sink progress.Sink) (*Known, error) {
-	k := &Known{stores: map[string]map[string]*blobRec{}}
+	k := &Known{stores: map[string]map[string]*blobRec{}, identities: map[string]string{}}
 	c := &capturer{repo: r, opts: Options{Progress: sink}}
 	root := *sn.Tree
 	m, err := snapshot.LoadManifest(ctx, r, root)
@@ -443,6 +460,9 @@ func LoadKnown(ctx context.Context, r Repository, sn *snapshot.Snapshot, sink pr
 	bad := map[string]bool{}
 	for _, x := range m.Proof.Missing {
 		bad[x.BlobID] = true
+	}
+	for i := range m.Stores {
+		k.identities[m.Stores[i].Name] = identityOf(m.Stores[i].Bucket)
 	}
 	storage, err := snapshot.Lookup(ctx, r, root, "/storage")
 	if err != nil {
@@ -471,7 +491,12 @@ func (s *store) knownBlobs() map[string]*blobRec {
 	if s.c.opts.Known == nil || s.c.opts.FullScan {
 		return nil
 	}
-	return s.c.opts.Known.stores[s.s.Name]
+	k := s.c.opts.Known
+	known := k.stores[s.s.Name]
+	if s.obj.keepsContent() || k.identities[s.s.Name] == s.obj.identity() {
+		return known
+	}
+	return nil // other places of contents are of no use
 }
 
 // treeDepth bounds how deep trees may lie in each other: a damaged repository can hold a circle.
@@ -491,6 +516,10 @@ func (c *capturer) walkKnown(ctx context.Context, d id.ID, known map[string]*blo
 			if err := c.walkKnown(ctx, n.Subtree, known, bad, depth+1); err != nil {
 				return err
 			}
+		case snapshot.Symlink:
+			if b := linkedBlob(n); b != nil && !bad[b.id] {
+				known[b.id] = b
+			}
 		case snapshot.File:
 			blob, ok := n.Attr(snapshot.AttrBlobID)
 			if !ok || blob == "" || bad[blob] || !c.hasAll(n.Content) {
@@ -504,6 +533,7 @@ func (c *capturer) walkKnown(ctx context.Context, d id.ID, known map[string]*blo
 			if h, ok := n.Attr(snapshot.AttrSHA1); ok {
 				b.sha1, b.hasSHA1 = parseSHA1(h)
 			}
+			b.object.key, _ = n.Attr(snapshot.AttrObject)
 			known[blob] = b
 		}
 	}

@@ -20,6 +20,9 @@ type tarEntry struct {
 	content string // path in the snapshot of what holds the content; "": it follows inline
 	holes   []pax.Extent
 	inline  int64 // bytes that follow
+	object  objectRef
+	sha1    string // of an object whose content is in no file of the snapshot
+	md5     string // of an object
 }
 
 // tarWriter builds the bytes of a pax archive. It does by hand what archive/tar does, because
@@ -84,6 +87,22 @@ func (w *tarWriter) add(e *tarEntry) {
 		if e.content != "" {
 			w.record(pax.Content, e.content)
 			w.record(pax.Size, strconv.FormatInt(e.size, 10))
+		}
+		if e.object.key != "" {
+			w.record(pax.Object, e.object.key)
+			if e.content == "" {
+				w.record(pax.Size, strconv.FormatInt(e.size, 10))
+				w.record(pax.ETag, e.object.etag)
+			}
+			if e.object.version != "" {
+				w.record(pax.Version, e.object.version)
+			}
+			if e.sha1 != "" {
+				w.record(pax.SHA1, e.sha1)
+			}
+			if e.md5 != "" {
+				w.record(pax.MD5, e.md5)
+			}
 		}
 		if len(e.holes) > 0 {
 			w.record(pax.Holes, pax.FormatHoles(e.holes))

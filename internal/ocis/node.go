@@ -33,6 +33,8 @@ type NodeMeta struct {
 	HasTreeSize bool
 	SHA1        [20]byte
 	HasSHA1     bool
+	MD5         [16]byte
+	HasMD5      bool
 	MTime       time.Time // UTC; zero if unset
 	TMTime      time.Time // UTC; newest change below; zero if unset
 	// DTime is set on the root of a disabled space: when it was switched off, RFC 3339.
@@ -169,6 +171,12 @@ func (b *nodeBuilder) add(prefix string, key, value []byte) error {
 		}
 		copy(b.m.SHA1[:], value)
 		b.m.HasSHA1 = true
+	case "cs.md5":
+		if len(value) != len(b.m.MD5) {
+			return odd(name, value, "not 16 bytes long")
+		}
+		copy(b.m.MD5[:], value)
+		b.m.HasMD5 = true
 	case "mtime":
 		return stamp(&b.m.MTime, name, value)
 	case "tmtime":

@@ -11,6 +11,13 @@ const (
 	Size    = "HOLDFAST.size"    // length of that content, decimal bytes
 	Holes   = "HOLDFAST.holes"   // holes of a sparse file: see ParseHoles
 	Type    = "HOLDFAST.type"    // Socket, which tar has no type for
+	// Object says that the blob lay in a bucket: it is the object's key there. Where the content is in no
+	// file of the snapshot, there is no Content, and the others tell how to find and know it.
+	Object  = "HOLDFAST.object"
+	Version = "HOLDFAST.version" // version id of the object
+	ETag    = "HOLDFAST.etag"
+	SHA1    = "HOLDFAST.sha1" // as the instance recorded it, hexadecimal
+	MD5     = "HOLDFAST.md5"  // the same
 )
 
 // Socket is the value of the record Type.

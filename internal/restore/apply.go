@@ -46,6 +46,8 @@ type job struct {
 	present bool
 	// all: see setMeta.
 	all bool
+	// object is set for what becomes an object of a bucket, not a file.
+	object *objectPut
 
 	state jobState
 }

@@ -82,6 +82,9 @@ func (f *filler) add(j *job) error {
 	if sum != j.size {
 		return j.drop(fmt.Errorf("the snapshot records %d bytes and holds %d", j.size, sum))
 	}
+	if j.object != nil {
+		return j.object.put(j)
+	}
 	if !j.present {
 		return f.fetch(j)
 	}
@@ -238,7 +241,7 @@ func (j *job) drop(err error) error {
 	if stop := j.d.fail(j.from, j.rel, err); stop != nil {
 		return stop
 	}
-	if !j.present {
+	if !j.present && j.object == nil {
 		j.remove()
 	}
 	return nil

@@ -51,6 +51,9 @@ type Options struct {
 	// nothing. It is passed over where an earlier restore was interrupted.
 	TrustTimes bool
 	Owner      *Owner
+	// Objects says of each store whose blobs lie, or lay, in a bucket where they are, by its name. Stores
+	// without an entry keep their blobs on disk, as they did.
+	Objects map[string]*Objects
 	// DryRun changes nothing and counts what would be done.
 	DryRun bool
 	// Only names the data sets to restore; empty is all.
@@ -79,9 +82,10 @@ type Target struct {
 	Entries int64  `json:"entries"`
 	Bytes   int64  `json:"bytes"`
 
-	tree string         // place in the snapshot
-	node *snapshot.Node // of plain data
-	tars []tarFile      // of a store
+	store string         // name of the store, if it is one
+	tree  string         // place in the snapshot
+	node  *snapshot.Node // of plain data
+	tars  []tarFile      // of a store
 	// path is To with the symbolic links of the administrator resolved. outer is the target whose
 	// root encloses it, or nil.
 	path  string
@@ -210,6 +214,12 @@ func (p *Plan) choose(ctx context.Context) error {
 		if !selected {
 			continue
 		}
+		if o := p.o.Objects[d.Store]; o != nil && o.Dest != nil && d.Kind == "blobs" && d.Store != "" {
+			if stores[d.Store] != nil {
+				continue
+			}
+			d = &snapshot.DataSet{Name: d.Name, Kind: d.Kind, Path: d.Path, Store: d.Store} // no room on disk is needed
+		}
 		if t := stores[d.Store]; d.Store != "" && t != nil {
 			t.Entries += d.Entries
 			t.Bytes += d.Bytes
@@ -217,7 +227,7 @@ func (p *Plan) choose(ctx context.Context) error {
 		}
 		t := &Target{DataSet: d.Name, From: from, To: to, Entries: d.Entries, Bytes: d.Bytes, tree: d.Tree}
 		if d.Store != "" {
-			stores[d.Store] = t
+			stores[d.Store], t.store = t, d.Store
 			if err := p.findTars(ctx, t, d.Store); err != nil {
 				return err
 			}

@@ -31,6 +31,8 @@ import (
 // Result tells what was done, or in a dry run what would be.
 type Result struct {
 	DataSets []*DataSetResult `json:"data_sets"`
+	// Buckets has an entry for each store whose blobs went into a bucket.
+	Buckets []*BucketResult `json:"buckets,omitempty"`
 	// Aside are the folders that took what was in the way.
 	Aside    []string      `json:"aside,omitempty"`
 	Warnings []string      `json:"warnings,omitempty"`
@@ -93,6 +95,7 @@ type run struct {
 	errCount int64
 	warnings []string
 	warned   map[string]bool
+	buckets  []*BucketResult
 }
 
 func newRun(ctx context.Context, r Repo, o *Options) *run {
@@ -226,6 +229,7 @@ func (r *run) result(dests []*dest, start, now time.Time) *Result {
 	for _, d := range dests {
 		res.DataSets = append(res.DataSets, d.res)
 	}
+	res.Buckets = r.buckets
 	for path, a := range r.asides {
 		if a.r != nil {
 			res.Aside = append(res.Aside, path)
@@ -249,6 +253,9 @@ func closeAll(dests []*dest) {
 // *IncompleteError if all but single entries were restored; the cause of ctx.
 func Run(ctx context.Context, r Repo, p *Plan) (*Result, error) {
 	if err := p.Check(ctx); err != nil {
+		return nil, err
+	}
+	if err := p.checkBuckets(ctx); err != nil {
 		return nil, err
 	}
 	q := *p
@@ -375,7 +382,7 @@ func removeMarker(t *Target, m *marker) error {
 
 func (p *Plan) restore(d *dest, t *Target) error {
 	if t.node == nil {
-		return restoreStore(d, t.tars)
+		return restoreStore(d, t.tars, d.run.objectsOf(p, t, d))
 	}
 	rel := ""
 	if t.single() {

@@ -28,9 +28,9 @@ type tarFile struct {
 
 // restoreStore streams the archives of a store to d: first store.tar, which holds the root, then
 // those of the spaces, several at a time.
-func restoreStore(d *dest, tars []tarFile) error {
+func restoreStore(d *dest, tars []tarFile, o *objectStore) error {
 	l := newLookup(d.run)
-	one := func(t tarFile) error { return restoreTar(d, t, l.add) }
+	one := func(t tarFile) error { return restoreTar(d, t, l.add, o) }
 	err := func() error {
 		if len(tars) > 0 && strings.HasSuffix(tars[0].name, "/store.tar") {
 			if err := one(tars[0]); err != nil {
@@ -45,10 +45,11 @@ func restoreStore(d *dest, tars []tarFile) error {
 		}
 		return g.Wait()
 	}()
-	return errors.Join(err, l.finish(err == nil))
+	err = errors.Join(err, l.finish(err == nil))
+	return errors.Join(err, o.finish(err == nil))
 }
 
-func restoreTar(d *dest, t tarFile, sink func(*job) error) error {
+func restoreTar(d *dest, t tarFile, sink func(*job) error, o *objectStore) error {
 	if d.run.ctx.Err() != nil {
 		return d.run.cause()
 	}
@@ -67,6 +68,8 @@ func restoreTar(d *dest, t tarFile, sink func(*job) error) error {
 	defer src.close()
 	a := newApplier(d, sink)
 	defer a.close()
+	so := o.space(sink)
+	defer so.done()
 	r := pax.NewReader(bufio.NewReaderSize(src, 64<<10))
 	for {
 		h, err := r.Next()
@@ -84,6 +87,13 @@ func restoreTar(d *dest, t tarFile, sink func(*job) error) error {
 			if err := d.fail(t.name, h.Name, err); err != nil {
 				return err
 			}
+			continue
+		}
+		taken, err := so.take(a, h, e)
+		if err != nil {
+			return err
+		}
+		if taken {
 			continue
 		}
 		if err := a.put(e); err != nil {

@@ -65,6 +65,11 @@ var otherPasswordVariables = map[string][]string{
 	"to":   {Prefix + "TO_PASSWORD"},
 }
 
+// keyVariables hold keys of buckets, for the same reason.
+var keyVariables = []string{
+	Prefix + "BUCKET_ACCESS_KEY", Prefix + "BUCKET_SECRET_KEY", Prefix + "REPLICA_ACCESS_KEY", Prefix + "REPLICA_SECRET_KEY",
+}
+
 // notInFile are flags that make no sense in the file; some have no variable either.
 var notInFile = map[string]bool{"config-file": true, "help": true, "version": true}
 
@@ -202,6 +207,9 @@ func Strangers(environ []string, known []string) []string {
 	ok := map[string]bool{passwordVariables[0]: true}
 	for _, names := range otherPasswordVariables {
 		ok[names[0]] = true
+	}
+	for _, name := range keyVariables {
+		ok[name] = true
 	}
 	for _, f := range known {
 		ok[Variable(f)] = true

@@ -61,6 +61,43 @@ type Store struct {
 	Layout string  `json:"layout"`
 	Prefix string  `json:"attribute_prefix"`
 	Spaces []Space `json:"spaces"`
+	// Bucket is set if the blobs lay in one.
+	Bucket *Bucket `json:"bucket,omitempty"`
+}
+
+// Ways to secure a bucket.
+const (
+	WayCopy     = "copy"     // contents are in the repository
+	WayReplica  = "replica"  // contents are in a second bucket
+	WayVersions = "versions" // contents are in the bucket itself, by their version ids
+)
+
+// Bucket tells where the blobs of a store lay, and where they are to be found now.
+type Bucket struct {
+	BucketPlace
+	Way string `json:"way"`
+	// Replica is the bucket that holds the contents for the way replica.
+	Replica *BucketPlace `json:"replica,omitempty"`
+	// LockedUntil is until when the versions are locked at least; nil: they are not.
+	LockedUntil *time.Time `json:"locked_until,omitempty"`
+	// Unreferenced counts what nothing refers to below the spaces' prefixes, as of when each of them was
+	// listed last; nil: not all of them were.
+	Unreferenced *Unreferenced `json:"unreferenced,omitempty"`
+}
+
+// BucketPlace names a bucket.
+type BucketPlace struct {
+	Endpoint  string `json:"endpoint"`
+	Region    string `json:"region,omitempty"`
+	Bucket    string `json:"bucket"`
+	PathStyle bool   `json:"path_style,omitempty"`
+}
+
+// Unreferenced counts objects that nothing refers to. Captured are those that the snapshot holds.
+type Unreferenced struct {
+	Objects  int64 `json:"objects"`
+	Bytes    int64 `json:"bytes"`
+	Captured int64 `json:"captured"`
 }
 
 // Space is one space of a store. Bytes count the current contents, without versions and trash.

@@ -38,6 +38,11 @@ const (
 	AttrBlobID = "holdfast.blobid" // blob id of the content
 	AttrSHA1   = "holdfast.sha1"   // checksum that the server recorded, hexadecimal
 	AttrSpace  = "holdfast.space"  // space id, on the root folder of a space
+	// Of contents that lie in a bucket and not in the repository; the node is a symbolic link there.
+	AttrObject  = "holdfast.object"  // key of the object
+	AttrVersion = "holdfast.version" // version id
+	AttrETag    = "holdfast.etag"
+	AttrSize    = "holdfast.size" // bytes
 )
 
 // Xattr is one extended attribute.

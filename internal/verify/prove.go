@@ -32,6 +32,8 @@ type prover struct {
 	proof   *snapshot.Proof
 	uploads map[string]int64 // bytes of what lies in uploads/
 	trees   map[string]*snapshot.Tree
+	away    *objects // where contents are that the repository does not have
+	asked   []object // those of this store
 	failed  bool
 	cut     bool // an archive could not be read to its end
 }
@@ -102,6 +104,9 @@ func (p *prover) each(place string, fn func(h *pax.Header, r io.Reader) error) e
 func (p *prover) content(h *pax.Header) (int64, error) {
 	place, ok := h.Records[pax.Content]
 	size := h.Size
+	if key := h.Records[pax.Object]; key != "" && !ok {
+		return p.object(key, h)
+	}
 	if ok {
 		n, err := p.lookup(place)
 		if err != nil && !errors.Is(err, errTold) {

@@ -10,6 +10,7 @@ import (
 	"sort"
 	"sync"
 
+	"github.com/holdfast-backup/holdfast/internal/bucket"
 	"github.com/holdfast-backup/holdfast/internal/ocis"
 	"github.com/holdfast-backup/holdfast/internal/progress"
 	"github.com/holdfast-backup/holdfast/internal/repo"
@@ -21,6 +22,9 @@ import (
 type Options struct {
 	// ReadData reads every pack and compares every byte with its checksum.
 	ReadData bool
+	// Bucket makes a client of the bucket that has the contents of a store which the repository does not
+	// have. nil, or an error: such objects are not asked for, and a hint says so.
+	Bucket   func(ctx context.Context, st *snapshot.Store) (*bucket.Bucket, error)
 	Progress progress.Sink
 }
 
@@ -53,6 +57,8 @@ type checker struct {
 	trees map[id.ID]bool
 	// doubt names the blobs in packs that are missing or damaged, by pack.
 	doubt map[repo.BlobRef][]id.ID
+	// buckets are those with contents of snapshots, by their places.
+	buckets map[string]*objects
 }
 
 func (c *checker) errorf(format string, args ...any) {
@@ -102,7 +108,8 @@ func (c *checker) clear() {
 //
 // Errors: only those that end the check; damage is in the report.
 func Run(ctx context.Context, r *repo.Repository, o Options) (*Report, error) {
-	c := &checker{r: r, o: o, rep: &Report{}, trees: map[id.ID]bool{}, doubt: map[repo.BlobRef][]id.ID{}}
+	c := &checker{r: r, o: o, rep: &Report{}, trees: map[id.ID]bool{}, doubt: map[repo.BlobRef][]id.ID{}, buckets: map[string]*objects{}}
+	defer c.closeBuckets()
 	phase := func(k progress.Kind, item string) {
 		o.Progress.Emit(progress.Event{Kind: k, Phase: "check", Item: item})
 	}
@@ -170,8 +177,15 @@ func (c *checker) prove(ctx context.Context, s *snapshot.Snapshot, v *Snapshot) 
 	counted := true // all that the manifest counts can be counted again
 	for i := range m.Stores {
 		st := &m.Stores[i]
-		p := &prover{c: c, ctx: ctx, root: *s.Tree, st: st, short: short, known: known, proof: &v.Proof, trees: map[string]*snapshot.Tree{}, uploads: map[string]int64{}}
+		away, err := c.objectsOf(ctx, st)
+		if err != nil {
+			return err
+		}
+		p := &prover{c: c, away: away, ctx: ctx, root: *s.Tree, st: st, short: short, known: known, proof: &v.Proof, trees: map[string]*snapshot.Tree{}, uploads: map[string]int64{}}
 		if err := p.run(); err != nil {
+			return err
+		}
+		if err := p.ask(); err != nil {
 			return err
 		}
 		if p.failed {
