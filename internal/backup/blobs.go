@@ -182,3 +182,13 @@ func (b *run) hasBucket(root string) bool {
 	}
 	return false
 }
+
+// distrustCache drops what the cache says of objects that the repository does not have, unless the
+// snapshot that it is of is still there: with a snapshot that was forgotten, objects may have gone.
+func (b *run) distrustCache() {
+	for name, o := range b.objects {
+		if o.Way != snapshot.WayCopy && b.cache != nil && (b.parent == nil || !b.cache.Knows(b.parent.ID())) {
+			b.cache.DropStore(name)
+		}
+	}
+}

@@ -5,7 +5,9 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
 	"maps"
@@ -17,7 +19,9 @@ import (
 	"path"
 	"path/filepath"
 	"reflect"
+	"runtime"
 	"slices"
+	"sort"
 	"strconv"
 	"strings"
 	"sync"
@@ -33,6 +37,7 @@ import (
 	"github.com/holdfast-backup/holdfast/internal/discover"
 	"github.com/holdfast-backup/holdfast/internal/freeze"
 	"github.com/holdfast-backup/holdfast/internal/ocis"
+	"github.com/holdfast-backup/holdfast/internal/progress"
 	"github.com/holdfast-backup/holdfast/internal/repo"
 	"github.com/holdfast-backup/holdfast/internal/restore"
 	"github.com/holdfast-backup/holdfast/internal/s3/s3test"
@@ -785,4 +790,109 @@ func countSnapshots(t *testing.T, dir string) int {
 		t.Fatal(err)
 	}
 	return len(list)
+}
+
+// simulated is a listing of n objects of one space that nothing refers to. Nothing of it is held: the keys
+// are in the order of their numbers.
+type simulated struct {
+	space string
+	n     int
+}
+
+func (s simulated) key(i int) string {
+	return bucket.Key(s.space, fmt.Sprintf("%08x-0000-4000-8000-%012x", uint64(i)*(1<<32)/uint64(s.n), i))
+}
+
+// list answers one request of ListObjectsV2.
+func (s simulated) list(w http.ResponseWriter, r *http.Request) {
+	q := r.URL.Query()
+	after := max(q.Get("start-after"), q.Get("continuation-token"))
+	i := sort.Search(s.n, func(i int) bool { return s.key(i) > after })
+	w.Header().Set("Content-Type", "application/xml")
+	fmt.Fprintf(w, `<ListBucketResult><Name>b</Name><Prefix>%s</Prefix><MaxKeys>1000</MaxKeys>`, q.Get("prefix"))
+	n := 0
+	for ; i < s.n && n < 1000; i, n = i+1, n+1 {
+		fmt.Fprintf(w, `<Contents><Key>%s</Key><LastModified>2025-01-01T00:00:00.000Z</LastModified><ETag>&quot;d41d8cd98f00b204e9800998ecf8427e&quot;</ETag><Size>1234</Size></Contents>`, s.key(i))
+	}
+	fmt.Fprintf(w, `<KeyCount>%d</KeyCount><IsTruncated>%v</IsTruncated>`, n, i < s.n)
+	if i < s.n {
+		fmt.Fprintf(w, `<NextContinuationToken>%s</NextContinuationToken>`, s.key(i-1))
+	}
+	fmt.Fprint(w, `</ListBucketResult>`)
+}
+
+// TestBucketOfManyObjects lists a large bucket once, in bounded memory, and then not again. HOLDFAST_OBJECTS
+// sets the number of objects; docs/BENCHMARKS.md has the figures of a million.
+func TestBucketOfManyObjects(t *testing.T) {
+	objects := 30_000
+	if n, err := strconv.Atoi(os.Getenv("HOLDFAST_OBJECTS")); err == nil {
+		objects = n
+	}
+	g := newRig(t, s3test.Options{})
+	space, _, _ := strings.Cut(slices.Sorted(maps.Keys(g.want()))[0], "/")
+	many := simulated{space, objects}
+	c := g.proxy(func(w http.ResponseWriter, r *http.Request, kind string) bool {
+		if kind == "list" && r.URL.Query().Get("prefix") == space+"/" {
+			many.list(w, r)
+			return true
+		}
+		return false
+	})
+	var peak uint64
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		var m runtime.MemStats
+		for {
+			select {
+			case <-stop:
+				return
+			case <-time.After(20 * time.Millisecond):
+				runtime.ReadMemStats(&m)
+				peak = max(peak, m.HeapInuse+m.StackInuse)
+			}
+		}
+	})
+	cache := t.TempDir()
+	began := time.Now()
+	res := g.mustBackUp(backup.Options{CacheDir: cache})
+	took := time.Since(began)
+	close(stop)
+	wg.Wait()
+	if u := res.Manifest.Stores[0].Bucket.Unreferenced; u == nil || u.Objects != int64(objects) || u.Bytes != int64(objects)*1234 {
+		t.Errorf("counted %+v", u)
+	}
+	first := c.seen()
+	began = time.Now()
+	g.mustBackUp(backup.Options{CacheDir: cache})
+	if n := c.seen(); n["list"] != 1 || n["get"] != 0 { // the listing of one key tests the rights
+		t.Errorf("an unchanged run made these requests: %v", n)
+	}
+	t.Logf("%d objects: first run %.1f s, %d listings, %d MiB in use at the most; unchanged run %.1f s", objects, took.Seconds(), first["list"], peak>>20, time.Since(began).Seconds())
+	if peak > 500<<20 {
+		t.Errorf("%d MiB were in use", peak>>20)
+	}
+}
+
+// TestNoKeyInTheSnapshotsOwnRecords: the keys are in the instance's configuration, and nowhere else.
+func TestNoKeyInTheSnapshotsOwnRecords(t *testing.T) {
+	g := newRig(t, s3test.Options{})
+	var events []string
+	var mu sync.Mutex
+	res := g.mustBackUp(backup.Options{Progress: func(e progress.Event) {
+		mu.Lock()
+		events = append(events, fmt.Sprintf("%+v", e))
+		mu.Unlock()
+	}})
+	text := fmt.Sprintf("%+v %v", res.Manifest, events)
+	inst, err := json.Marshal(g.inst)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text += string(inst)
+	for _, secret := range []string{g.srv.AccessKey, g.srv.SecretKey} {
+		if strings.Contains(text, secret) {
+			t.Errorf("a key stands in the manifest, in an event, or in what discover prints")
+		}
+	}
 }

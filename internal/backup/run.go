@@ -203,6 +203,7 @@ func prepare(ctx context.Context, o *Options) (*run, error) {
 		b.closeBuckets()
 		return nil, err
 	}
+	b.distrustCache()
 	if o.DryRun {
 		b.dry = &dryTarget{repo: o.Repo}
 	} else {

@@ -81,6 +81,15 @@ func (c *Cache) carryStore(old *Cache, name string) {
 	}
 }
 
+// DropStore forgets a store.
+func (c *Cache) DropStore(name string) {
+	for key := range c.spaces {
+		if strings.HasPrefix(key, name+"/") {
+			delete(c.spaces, key)
+		}
+	}
+}
+
 // cacheMagic names the format; another number is another format, and then the cache is not used.
 const cacheMagic = "holdfast cache 5\n"
 

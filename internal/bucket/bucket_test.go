@@ -1,0 +1,131 @@
+package bucket
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+
+	"github.com/holdfast-backup/holdfast/internal/s3/s3test"
+)
+
+func open(t *testing.T, endpoint, name string) *Bucket {
+	t.Helper()
+	b, err := Open(t.Context(), Config{Endpoint: endpoint, Region: "us-east-1", Bucket: name, AccessKey: "access", SecretKey: "topsecret", Tries: 2})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(b.Close)
+	return b
+}
+
+// TestCopyInParts copies an object that is too large for one request.
+func TestCopyInParts(t *testing.T) {
+	limit, part := copyLimit, copyPart
+	copyLimit, copyPart = 6<<20, 5<<20
+	defer func() { copyLimit, copyPart = limit, part }()
+	srv := s3test.Start(t, s3test.Options{})
+	at := func(name string) *Bucket {
+		b, err := Open(t.Context(), Config{Endpoint: srv.Endpoint, Region: srv.Region, Bucket: name, AccessKey: srv.AccessKey, SecretKey: srv.SecretKey})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(b.Close)
+		return b
+	}
+	src, dst := at(srv.Bucket(t, false, false)), at(srv.Bucket(t, false, false))
+	data := bytes.Repeat([]byte("0123456789abcdef"), 10<<20/16)
+	for key, size := range map[string]int{"large": len(data), "small": 1000, "empty": 0} {
+		x, err := src.Put(t.Context(), key, int64(size), func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(data[:size])), nil })
+		if err != nil {
+			t.Fatal(err)
+		}
+		if x, err = dst.CopyFrom(t.Context(), src, x, key); err != nil || x.Size != int64(size) {
+			t.Fatal(key, x, err)
+		}
+		r, err := dst.Get(t.Context(), key, "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := io.ReadAll(r)
+		if err != nil || !bytes.Equal(got, data[:size]) {
+			t.Errorf("%s: %d bytes came back: %v", key, len(got), err)
+		}
+		if err := r.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	if _, err := dst.Get(t.Context(), "nothing", ""); !errors.Is(err, ErrNotFound) {
+		t.Errorf("what is not there: %v", err)
+	}
+	for _, a := range dst.CheckAccess(t.Context(), ListBucket, GetObject, PutObject, DeleteObject) {
+		if a.Err != nil || a.Untested != "" {
+			t.Errorf("%+v", a)
+		}
+	}
+}
+
+func answer(status int, body string) http.HandlerFunc {
+	return func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "application/xml")
+		w.WriteHeader(status)
+		_, _ = io.WriteString(w, body)
+	}
+}
+
+func TestAccessThatIsMissing(t *testing.T) {
+	srv := httptest.NewServer(answer(http.StatusForbidden, `<Error><Code>AccessDenied</Code><Message>denied to access with topsecret</Message></Error>`))
+	defer srv.Close()
+	for _, a := range open(t, srv.URL, "bucket").CheckAccess(t.Context(), ListBucket, GetObject, PutObject, DeleteObject) {
+		if a.Err == nil {
+			t.Errorf("%s: allowed", a.Right)
+		} else if strings.Contains(a.Err.Error(), "topsecret") {
+			t.Errorf("%s: the secret is in %q", a.Right, a.Err)
+		}
+	}
+}
+
+func TestRules(t *testing.T) {
+	rule := func(id, body string) string {
+		return "<Rule><ID>" + id + "</ID><Status>Enabled</Status>" + body + "</Rule>"
+	}
+	srv := httptest.NewServer(answer(http.StatusOK, "<LifecycleConfiguration>"+
+		rule("old", "<Filter><Prefix></Prefix></Filter><NoncurrentVersionExpiration><NoncurrentDays>30</NoncurrentDays></NoncurrentVersionExpiration>")+
+		rule("few", "<Filter><Prefix>space/</Prefix></Filter><NoncurrentVersionExpiration><NewerNoncurrentVersions>3</NewerNoncurrentVersions></NoncurrentVersionExpiration>")+
+		rule("tagged", "<Filter><Tag><Key>a</Key><Value>b</Value></Tag></Filter><NoncurrentVersionExpiration><NoncurrentDays>1</NoncurrentDays></NoncurrentVersionExpiration>")+
+		rule("age", "<Filter></Filter><Expiration><Days>9</Days></Expiration>")+
+		rule("parts", "<Filter></Filter><AbortIncompleteMultipartUpload><DaysAfterInitiation>7</DaysAfterInitiation></AbortIncompleteMultipartUpload>")+
+		"<Rule><ID>off</ID><Status>Disabled</Status><Filter></Filter><NoncurrentVersionExpiration><NoncurrentDays>1</NoncurrentDays></NoncurrentVersionExpiration></Rule>"+
+		"</LifecycleConfiguration>"))
+	defer srv.Close()
+	rules, err := open(t, srv.URL, "bucket").Rules(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, r := range rules {
+		s := r.ID
+		if r.Ends {
+			s += " ends"
+		}
+		if r.Touches("space/") {
+			s += " space"
+		}
+		if r.Touches("other/") {
+			s += " other"
+		}
+		got = append(got, s)
+	}
+	if want := "old ends space other|few ends space|age space other"; strings.Join(got, "|") != want {
+		t.Errorf("got %q, want %q", strings.Join(got, "|"), want)
+	}
+	none := httptest.NewServer(answer(http.StatusNotImplemented, `<Error><Code>NotImplemented</Code></Error>`))
+	defer none.Close()
+	if rules, err := open(t, none.URL, "bucket").Rules(context.Background()); err != nil || len(rules) > 0 {
+		t.Errorf("a server without rules: %v, %v", rules, err)
+	}
+}
