@@ -2,13 +2,11 @@ package capture
 
 import (
 	"context"
-	"crypto/md5"  //nolint:gosec // what S3 servers give as the ETag, not a protection
 	"crypto/sha1" //nolint:gosec // the server's own checksum, not a protection
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"hash"
 	"io"
 	"io/fs"
 	"net/url"
@@ -243,7 +241,7 @@ func linkedBlob(n *snapshot.Node) *blobRec {
 	return b
 }
 
-// object is one blob of a bucket on its way into the snapshot.
+// objectJob is one blob of a bucket on its way into the snapshot.
 type objectJob struct {
 	blob string
 	path string // in the tar
@@ -652,7 +650,7 @@ func (d *decomposed) rightContent(ctx context.Context, j *objectJob, b *bucket.B
 		}
 		return true, nil
 	}
-	sum, _, err := hashObject(ctx, b, x)
+	sum, err := hashObject(ctx, b, x)
 	if err != nil {
 		return false, err
 	}
@@ -663,18 +661,16 @@ func (d *decomposed) rightContent(ctx context.Context, j *objectJob, b *bucket.B
 	return sum == w.sha1, nil
 }
 
-func hashObject(ctx context.Context, b *bucket.Bucket, x bucket.Object) (s1 [sha1.Size]byte, m5 [md5.Size]byte, err error) {
+func hashObject(ctx context.Context, b *bucket.Bucket, x bucket.Object) (sum [sha1.Size]byte, err error) {
 	r, err := b.Get(ctx, x.Key, x.VersionID)
 	if err != nil {
-		return s1, m5, err
+		return sum, err
 	}
 	defer r.Close()
-	h1, h5 := sha1.New(), md5.New()
-	_, err = io.Copy(io.MultiWriter([]io.Writer{h1, h5}...), r)
-	for h, sum := range map[hash.Hash][]byte{h1: s1[:0], h5: m5[:0]} {
-		h.Sum(sum)
-	}
-	return s1, m5, err
+	h := sha1.New()
+	_, err = io.Copy(h, r)
+	h.Sum(sum[:0])
+	return sum, err
 }
 
 // lock keeps the pinned versions as long as the snapshot shall be kept.
