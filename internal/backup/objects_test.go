@@ -822,7 +822,7 @@ func (s simulated) list(w http.ResponseWriter, r *http.Request) {
 }
 
 // TestBucketOfManyObjects lists a large bucket once, in bounded memory, and then not again. HOLDFAST_OBJECTS
-// sets the number of objects; docs/BENCHMARKS.md has the figures of a million.
+// sets the number of objects.
 func TestBucketOfManyObjects(t *testing.T) {
 	objects := 30_000
 	if n, err := strconv.Atoi(os.Getenv("HOLDFAST_OBJECTS")); err == nil {
