@@ -22,6 +22,7 @@ want=(
   ps:procps
   blkid:util-linux
   zfs-fuse:zfs-fuse # views on a real ZFS
+  fusermount:fuse3 # mount of snapshots by any user
   rclone:rclone
   sshd:openssh-server
   ssh:openssh-client

@@ -138,7 +138,7 @@ or holdfast thaw; holdfast status tells about it.
 
 	root.AddCommand(
 		a.initCommand(), a.backupCommand(), a.snapshotsCommand(), a.spacesCommand(), a.lsCommand(), a.treeCommand(), a.catCommand(), a.dumpCommand(),
-		a.findCommand(), a.diffCommand(), a.restoreCommand(),
+		a.findCommand(), a.diffCommand(), a.mountCommand(), a.restoreCommand(),
 		a.checkCommand(), a.consistencyCommand(), a.keyCommand(), a.unlockCommand(), a.discoverCommand(),
 		a.viewsCommand(), a.withViewCommand(), a.overlayVerbCommand(),
 		a.forgetCommand(), a.pruneCommand(), a.tagCommand(), a.statsCommand(), a.copyCommand(),

@@ -110,9 +110,9 @@ func (a *app) showSaved(s *saveSummary) {
 	if a.ui.Quiet() {
 		return
 	}
-	verb := "restored"
+	verb, was := "restored", "what was in the way is now "
 	if s.DryRun {
-		verb = "dry run, nothing changed; would restore"
+		verb, was = "dry run, nothing changed; would restore", "what is in the way would become "
 	}
 	line := fmt.Sprintf("%s %s and %s, %s, to %s", verb, ui.Count(r.Files, "file"), ui.Count(r.Folders, "folder"), ui.Bytes(r.Bytes), ui.Quote(s.To))
 	if r.Unchanged > 0 {
@@ -123,9 +123,9 @@ func (a *app) showSaved(s *saveSummary) {
 	}
 	a.ui.Text(line)
 	for _, x := range r.MovedAside {
-		a.ui.Text("what was in the way is now " + ui.Quote(x))
+		a.ui.Text(was + ui.Quote(x))
 	}
 	if more := r.Moved - int64(len(r.MovedAside)); more > 0 {
-		a.ui.Text(fmt.Sprintf("and %d more were in the way and are renamed likewise", more))
+		a.ui.Text(fmt.Sprintf("and %d more in the way likewise", more))
 	}
 }

@@ -21,8 +21,9 @@ type Content struct {
 	ids  []id.ID
 	ends []int64 // where each chunk ends
 
-	mu   sync.Mutex
-	last []chunk // the last ones read, newest first
+	shared *ChunkCache
+	mu     sync.Mutex
+	last   []chunk // the last ones read, newest first
 }
 
 type chunk struct {
@@ -67,8 +68,56 @@ func (c *Content) Size() int64 {
 	return c.ends[len(c.ends)-1]
 }
 
+// ChunkCache keeps the chunks that were read last, of any number of files.
+type ChunkCache struct {
+	mu    sync.Mutex
+	limit int
+	bytes int
+	byID  map[id.ID][]byte
+	order []id.ID // oldest first
+}
+
+// NewChunkCache makes a cache of at most limit bytes.
+func NewChunkCache(limit int) *ChunkCache { return &ChunkCache{limit: limit, byID: map[id.ID][]byte{}} }
+
+func (k *ChunkCache) get(d id.ID) []byte {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.byID[d]
+}
+
+func (k *ChunkCache) put(d id.ID, p []byte) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.byID[d] != nil || len(p) > k.limit {
+		return
+	}
+	k.byID[d] = p
+	k.order = append(k.order, d)
+	for k.bytes += len(p); k.bytes > k.limit; {
+		old := k.order[0]
+		k.order = k.order[1:]
+		k.bytes -= len(k.byID[old])
+		delete(k.byID, old)
+	}
+}
+
+// Share makes c keep its chunks in a cache that others use as well. It must come before the first reading.
+func (c *Content) Share(k *ChunkCache) { c.shared = k }
+
 // chunk loads the chunk no.
 func (c *Content) chunk(ctx context.Context, no int) ([]byte, error) {
+	if c.shared != nil {
+		if p := c.shared.get(c.ids[no]); p != nil {
+			return p, nil
+		}
+		p, err := c.repo.LoadBlob(ctx, repo.DataBlob, c.ids[no], nil)
+		if err != nil {
+			return nil, fmt.Errorf("content of %q: %w", c.name, err)
+		}
+		c.shared.put(c.ids[no], p)
+		return p, nil
+	}
 	c.mu.Lock()
 	for i, k := range c.last {
 		if k.no == no {

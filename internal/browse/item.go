@@ -248,6 +248,34 @@ func (v *View) List(ctx context.Context, it *Item) ([]*Item, error) {
 	return out, nil
 }
 
+// NamedNode is a node with the name that it is shown by.
+type NamedNode struct {
+	Name string
+	Node *snapshot.Node
+}
+
+// Part is the folder of a space below spaces, versions or trash of its store; nil if there is none.
+func (v *View) Part(ctx context.Context, s *Space, top string) (*snapshot.Node, error) {
+	n, err := v.lookup(ctx, s.in(top))
+	if errors.Is(err, snapshot.ErrNoSuchPath) || err == nil && n.Type != snapshot.Dir {
+		return nil, nil
+	}
+	return n, err
+}
+
+// Nodes lists a folder below a Part. It is List for those who need no more than nodes.
+func (v *View) Nodes(ctx context.Context, s *Space, dir *snapshot.Node) ([]NamedNode, error) {
+	t, err := v.tree(ctx, dir.Subtree)
+	if err != nil {
+		return nil, err
+	}
+	out := make([]NamedNode, len(t.Nodes))
+	for i, n := range t.Nodes {
+		out[i] = NamedNode{shownName(s, t, n), n}
+	}
+	return out, nil
+}
+
 // Trash lists the deleted items of a space, oldest first.
 func (v *View) Trash(ctx context.Context, s *Space) ([]*Item, error) {
 	root, err := v.item(ctx, s, Trashed, "")
