@@ -31,6 +31,9 @@ type Repo interface {
 // systemStore holds settings and shares in spaces that no user sees.
 const systemStore = "system"
 
+// metaChunks bounds what is kept of the archives with metadata, in bytes: 32 of their largest chunks.
+const metaChunks = 16 << 20
+
 // View is one snapshot, opened for people.
 type View struct {
 	repo   Repo
@@ -39,6 +42,7 @@ type View struct {
 	root   id.ID
 	spaces []*Space
 	trees  treeCache
+	chunks *ChunkCache // of the archives with metadata
 
 	mu      sync.Mutex
 	mount   *string
@@ -61,7 +65,7 @@ func Open(ctx context.Context, r Repo, sn *snapshot.Snapshot) (*View, error) {
 	if err != nil {
 		return nil, fmt.Errorf("snapshot %s: %w", sn.ID().Short(), err)
 	}
-	v := &View{repo: r, sn: sn, m: m, root: *sn.Tree, metas: map[string]*metaTar{}, origins: map[*Space]map[string]posixTrash{}}
+	v := &View{repo: r, sn: sn, m: m, root: *sn.Tree, chunks: NewChunkCache(metaChunks), metas: map[string]*metaTar{}, origins: map[*Space]map[string]posixTrash{}}
 	for i := range m.Stores {
 		st := &m.Stores[i]
 		for k := range st.Spaces {

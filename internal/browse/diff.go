@@ -291,6 +291,9 @@ func diffShares(ctx context.Context, a *View, o *Space, was map[string]Share, b 
 			}
 		}
 	}
+	if same, err := sameMeta(ctx, a, o, b, s); same || err != nil {
+		return err
+	}
 	before, err := members(ctx, a, o)
 	if err != nil {
 		return err
@@ -314,6 +317,24 @@ func diffShares(ctx context.Context, a *View, o *Space, was map[string]Share, b 
 		}
 	}
 	return nil
+}
+
+// sameMeta tells whether the archives with the metadata of a space are the same: then so are its members.
+func sameMeta(ctx context.Context, a *View, o *Space, b *View, s *Space) (bool, error) {
+	if o == nil || s.Posix() {
+		return false, nil
+	}
+	x, err := a.lookup(ctx, o.metaPath())
+	if err == nil {
+		var y *snapshot.Node
+		if y, err = b.lookup(ctx, s.metaPath()); err == nil {
+			return x.Size == y.Size && slices.Equal(x.Content, y.Content), nil
+		}
+	}
+	if errors.Is(err, snapshot.ErrNoSuchPath) {
+		err = nil
+	}
+	return false, err
 }
 
 // members are those of a space by id; none if there is no such space, or it does not tell.

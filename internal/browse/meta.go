@@ -34,9 +34,14 @@ type start struct {
 	name string
 }
 
+// metaPath is where the archive of a space lies in the snapshot.
+func (s *Space) metaPath() string {
+	return "/storage/" + s.Store + "/metadata/" + snapshot.SafeName(s.ID) + ".tar"
+}
+
 // metaTar opens the archive of a space.
 func (v *View) metaTar(ctx context.Context, s *Space) (*metaTar, error) {
-	p := "/storage/" + s.Store + "/metadata/" + snapshot.SafeName(s.ID) + ".tar"
+	p := s.metaPath()
 	v.mu.Lock()
 	t := v.metas[p]
 	v.mu.Unlock()
@@ -51,6 +56,7 @@ func (v *View) metaTar(ctx context.Context, s *Space) (*metaTar, error) {
 	if err != nil {
 		return nil, err
 	}
+	c.Share(v.chunks)
 	t = &metaTar{v: v, c: c, known: map[int]start{}}
 	h, err := pax.NewReader(bufio.NewReader(c.Reader(ctx, 0))).Next()
 	if err != nil {
