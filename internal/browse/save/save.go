@@ -236,4 +236,4 @@ func pickNames(items []*browse.Item, safe func(string) string) (picked []string,
 var errTooDeep = errors.New("more folders lie in each other than can be written")
 
 // maxDepth bounds how deep folders may lie in each other, far beyond what paths on disk can be.
-const maxDepth = 2000
+var maxDepth = 2000 // a variable for tests
