@@ -42,7 +42,8 @@ func (o *otherRepo) password(a *app) func(context.Context, bool) (string, error)
 		}
 		switch from := settings.Strongest(set, file, command, variable); {
 		case len(from) == 0:
-			return a.ask(ctx, "password of the repository "+ui.Quote(o.repo), isNew)
+			return a.askOr(ctx, "password of the repository "+ui.Quote(o.repo), isNew,
+				fmt.Sprintf("Set --%s, --%s or the variable %s_PASSWORD.", file, command, settings.Variable(o.which)))
 		case len(from) > 1:
 			return "", usageError("the password of the other repository is set twice, by %s and %s", from[0], from[1])
 		case from[0] == file:

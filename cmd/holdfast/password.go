@@ -134,9 +134,13 @@ func (a *app) passwordBy(ctx context.Context, command string) (string, error) {
 
 // ask asks on the terminal.
 func (a *app) ask(ctx context.Context, what string, twice bool) (string, error) {
+	return a.askOr(ctx, what, twice, "Set --password-file, --password-command or the variable HOLDFAST_PASSWORD.")
+}
+
+// askOr does so with another hint where there is no terminal.
+func (a *app) askOr(ctx context.Context, what string, twice bool, hint string) (string, error) {
 	if a.in == nil || !term.IsTerminal(int(a.in.Fd())) {
-		return "", ui.WithHints(usageError("no %s was given, and there is no terminal to ask on", what),
-			"Set --password-file, --password-command or the variable HOLDFAST_PASSWORD.")
+		return "", ui.WithHints(usageError("no %s was given, and there is no terminal to ask on", what), hint)
 	}
 	pw, err := a.readSecret(ctx, what)
 	if err != nil {

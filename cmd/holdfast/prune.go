@@ -125,9 +125,14 @@ func writeLock(dryRun bool) lockMode {
 // pruneRepository shows the plan and carries it out. A dry run takes the snapshots in without for removed.
 func (a *app) pruneRepository(ctx context.Context, r *repo.Repository, o repo.PruneOptions, without []id.ID, dryRun bool) (*repo.PruneStats, error) {
 	o.Progress = a.ui.Sink()
+	nothing := false
 	s, err := maintain.Prune(ctx, r, without, maintain.PruneOptions{
 		PruneOptions: o, DryRun: dryRun,
-		Show: func(p *repo.PrunePlan) error { a.showPlan(&p.Stats, p.Nothing(), dryRun); return nil },
+		Show: func(p *repo.PrunePlan) error {
+			nothing = p.Nothing()
+			a.showPlan(&p.Stats, nothing)
+			return nil
+		},
 	})
 	if err != nil {
 		return nil, explainPrune(err)
@@ -136,7 +141,7 @@ func (a *app) pruneRepository(ctx context.Context, r *repo.Repository, o repo.Pr
 		switch {
 		case dryRun:
 			a.ui.Text("dry run, nothing changed")
-		default:
+		case !nothing:
 			a.ui.Text("freed " + ui.Bytes(s.Freed))
 		}
 	}
@@ -144,13 +149,12 @@ func (a *app) pruneRepository(ctx context.Context, r *repo.Repository, o repo.Pr
 }
 
 // showPlan shows what prune is about to do.
-func (a *app) showPlan(s *repo.PruneStats, nothing, dryRun bool) {
+func (a *app) showPlan(s *repo.PruneStats, nothing bool) {
 	if a.ui.JSON() {
 		a.ui.Object(struct {
-			Event  string `json:"event"`
-			DryRun bool   `json:"dry_run"`
+			Event string `json:"event"`
 			*repo.PruneStats
-		}{"plan", dryRun, s})
+		}{"plan", s})
 		return
 	}
 	if a.ui.Quiet() {

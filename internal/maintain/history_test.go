@@ -251,7 +251,7 @@ func restic(t testing.TB, dir string, args ...string) {
 	}
 }
 
-// Random histories of backups, forgets and prunes, some of them killed at any write, by us and by restic in turn. What
+// Random histories of backups, forgets, prunes and copies, some of them killed at any write, by us and by restic in turn. What
 // snapshots remain are those that the policy promised, each gives back what went in, and restic finds
 // nothing wrong.
 func TestHistories(t *testing.T) {
@@ -267,8 +267,10 @@ func TestHistories(t *testing.T) {
 			ins := []*instance{{rnd, "a", map[string][]byte{}}, {rnd, "b", map[string][]byte{}}}
 			want := map[id.ID]state{}
 			whole := map[id.ID]bool{}
+			second := mem.New() // what copies go to
+			newRepo(t, second)
 			at := time.Now().AddDate(0, -1, 0)
-			for step := range 16 {
+			for step := range 18 {
 				what := fmt.Sprintf("seed %d, step %d", seed, step)
 				in := ins[rnd.IntN(2)]
 				var b backend.Backend = be
@@ -278,7 +280,7 @@ func TestHistories(t *testing.T) {
 					f.KillBefore(1 + rnd.IntN(9))
 					b = f
 				}
-				switch rnd.IntN(4) {
+				switch rnd.IntN(5) {
 				case 0, 1:
 					in.change()
 					at = at.Add(time.Duration(1+rnd.IntN(30)) * time.Hour)
@@ -305,6 +307,23 @@ func TestHistories(t *testing.T) {
 					if err := forgetAndPrune(ctx, b, maintain.ForgetOptions{}, pruneOptions(rnd)); err != nil && !(killed && errors.Is(err, fault.ErrKilled)) {
 						t.Fatalf("%s: %v", what, err)
 					}
+				case 4:
+					var to backend.Backend = second
+					if killed {
+						f := fault.New(second)
+						f.KillAfter(1 + rnd.IntN(9))
+						to = f
+					}
+					if _, err := copyAll(ctx, be, to, maintain.CopyOptions{}); err != nil && !(killed && errors.Is(err, fault.ErrKilled)) {
+						t.Fatalf("%s: %v", what, err)
+					}
+					if _, err := mustOpen(t, second).Unlock(ctx, true); err != nil {
+						t.Fatal(err)
+					}
+					if err := forgetAndPrune(ctx, second, maintain.ForgetOptions{}, pruneOptions(rnd)); err != nil {
+						t.Fatalf("%s: %v", what, err)
+					}
+					holds(t, what+", copy", second, want)
 				}
 				if killed {
 					if _, err := mustOpen(t, be).Unlock(ctx, true); err != nil {
