@@ -89,7 +89,7 @@ func (a *app) restoreInPlace(ctx context.Context, arg string, f *restoreFlags) e
 			a.ui.Warn("a restore would be refused: %v", err)
 		}
 		begun := time.Now()
-		o := inplace.Options{Root: st.Root, DryRun: f.dryRun, Now: begun, Progress: a.ui.Sink()}
+		o := inplace.Options{Root: st.Root, DryRun: f.dryRun, Now: begun}
 		if owner != nil {
 			o.Owner = &inplace.Owner{UID: owner.UID, GID: owner.GID}
 		}

@@ -24,7 +24,6 @@ import (
 // breaker damages an instance, and takes it back.
 type breaker struct {
 	t      *testing.T
-	name   string
 	users  string // roots of the stores
 	system string
 	prefix string
@@ -488,7 +487,7 @@ func TestBroken(t *testing.T) {
 	for _, c := range decomposedCases {
 		t.Run(c.name, func(t *testing.T) {
 			b := &breaker{
-				t: t, name: testfixture.OCIS, prefix: ocis.PrefixOCIS,
+				t: t, prefix: ocis.PrefixOCIS,
 				users: filepath.Join(dir, "data/storage/users"), system: filepath.Join(dir, "data/storage/metadata"),
 			}
 			defer b.back()

@@ -265,8 +265,8 @@ func (c *checker) count(r *spaceResult) {
 
 // spaceResult is what one look at one space gives.
 type spaceResult struct {
-	findings                                                           []Finding
-	nodes, revisions, trash, blobs, bytes, checksums, readBytes, inUse int64
+	findings                                                    []Finding
+	nodes, revisions, trash, blobs, bytes, checksums, readBytes int64
 }
 
 // space looks at one space.

@@ -182,7 +182,7 @@ func TestBrokenPosix(t *testing.T) {
 	for _, c := range posixCases {
 		t.Run(c.name, func(t *testing.T) {
 			b := &breaker{
-				t: t, name: testfixture.OpenCloudPosix, prefix: ocis.PrefixOpenCloud,
+				t: t, prefix: ocis.PrefixOpenCloud,
 				users: filepath.Join(dir, "data/storage/users"), system: filepath.Join(dir, "data/storage/metadata"),
 			}
 			defer b.back()

@@ -30,10 +30,13 @@ type share struct {
 	id      string
 	space   string
 	node    string
-	grantee string // "u:<id>" or "g:<id>"; "" is a public link
+	grantee string // "u:<id>" or "g:<id>"; "" is a public link, unknownGrantee what cannot be told
 	file    string // path of the list
 	checked bool
 }
+
+// unknownGrantee stands for a record that does not tell in the known form who has the share.
+const unknownGrantee = "?"
 
 func (x *shares) rest(c *checker) []Finding {
 	var out []Finding
@@ -179,9 +182,12 @@ func (c *checker) parseUser(data []byte, file string) error {
 		if rec == nil {
 			continue
 		}
-		sh := &share{id: id, file: file, grantee: "u:"}
+		sh := &share{id: id, file: file, grantee: unknownGrantee}
 		sh.space, sh.node = rec.Resource.ids()
 		for kind, g := range rec.Grantee.ID {
+			if g.ID == "" {
+				continue
+			}
 			sh.grantee = "u:" + g.ID
 			if kind == "GroupId" {
 				sh.grantee = "g:" + g.ID
@@ -255,7 +261,7 @@ func (s *spaceCheck) sharesOf() {
 			report(ShareStale, "%s of an item that is in the trash", sh.what())
 			continue
 		}
-		if sh.grantee == "" {
+		if sh.grantee == "" || sh.grantee == unknownGrantee {
 			continue
 		}
 		have := t.grants[i]

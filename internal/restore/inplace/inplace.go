@@ -24,7 +24,6 @@ import (
 
 	"github.com/holdfast-backup/holdfast/internal/ocis"
 	"github.com/holdfast-backup/holdfast/internal/pax"
-	"github.com/holdfast-backup/holdfast/internal/progress"
 	"github.com/holdfast-backup/holdfast/internal/repo/id"
 	"github.com/holdfast-backup/holdfast/internal/snapshot"
 )
@@ -55,7 +54,6 @@ type Options struct {
 	// They are used when a whole space is put back.
 	System      string
 	SystemStore *snapshot.Store
-	Progress    progress.Sink
 }
 
 // Result says what was done, or would be.
