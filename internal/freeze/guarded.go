@@ -211,6 +211,7 @@ func (s *session) prepare() (err error) {
 		err = s.files.write(state{
 			Version: stateVersion, BasePath: Text(s.base), Method: s.method, Since: time.Now().UTC(),
 			MaxDowntime: s.o.MaxDowntime, Owner: owner, Guard: s.guard.id, Recipe: recipe,
+			Disks: disksOf(append([]string{s.base}, recipe.Paths...)),
 		})
 	}
 	if err != nil {

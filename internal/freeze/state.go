@@ -81,6 +81,7 @@ type state struct {
 	Owner       identity      `json:"owner"`
 	Guard       identity      `json:"guard"`
 	Recipe      Recipe        `json:"recipe"`
+	Disks       []disk        `json:"disks,omitempty"`
 	// Reported: the start failed, and its user was told so.
 	Reported bool `json:"reported,omitempty"`
 }
@@ -441,6 +442,9 @@ func recoverLocked(ctx context.Context, f stateFiles, s state, sink progress.Sin
 		}
 		sink.Emit(progress.Event{Kind: kind, Phase: "freeze", Message: fmt.Sprintf(format, args...)})
 		return nil
+	}
+	if err := s.disksMounted(f.record()); err != nil {
+		return done, err
 	}
 	if _, err := os.Lstat(string(s.BasePath)); errors.Is(err, fs.ErrNotExist) {
 		done.gone = true
