@@ -27,6 +27,7 @@ type restoreFlags struct {
 	overwrite, trustTimes    bool
 	dryRun, noLock, allowVer bool
 	dropIDCache              bool
+	fromView                 bool
 	owner                    string
 	only                     []string
 	environmentDir           string
@@ -41,7 +42,7 @@ type restoreFlags struct {
 func (a *app) restoreCommand() *cobra.Command {
 	var f restoreFlags
 	c := &cobra.Command{
-		Use:   "restore SNAPSHOT[:SPACE/PATH]",
+		Use:   "restore SNAPSHOT[:SPACE/PATH] | --from-view [NAME]",
 		Short: "Put the whole instance back, or get single files and folders",
 		Long: `Put the whole instance back, to where it was or elsewhere, or with --to get a file, a
 folder or a space as a folder, tar or zip.
@@ -73,6 +74,11 @@ Blobs go back into the bucket that the snapshot names, or into the one of --buck
 what is missing or different is written. With --to-driver an instance changes between
 a bucket and local blobs: s3ng and ocis, decomposeds3 and decomposed.
 
+--from-view is the fast way back after a mishap: it restores from views that
+"holdfast backup --keep-views" left on the filesystems, without the repository, over what
+is there, as with --overwrite. NAME is one that "holdfast views" lists; without it the
+latest is taken. Where the filesystem can share contents, nothing is copied.
+
 The server at the destination must have the version that the snapshot was made with:
 restoring and updating are different tasks. Where Holdfast can tell the version (from
 --server-binary, --container or what is installed), it stops if it is another one.
@@ -90,9 +96,24 @@ into a folder to look at.
   holdfast restore latest --base-data-path /srv/new/data --config-dir /srv/new/config
   holdfast restore 'latest:personal/alan/Round 0' --live --user alan --token-file alan.token
   holdfast restore latest --start-command 'systemctl start ocis' \
-      --reindex-command 'ocis search index --all-spaces'`,
-		Args: args(1, 1, "one argument, SNAPSHOT or SNAPSHOT:SPACE/PATH"),
+      --reindex-command 'ocis search index --all-spaces'
+  holdfast restore --from-view --start-command 'systemctl start ocis'`,
+		Args: func(c *cobra.Command, got []string) error {
+			if f.fromView {
+				return args(0, 1, "at most one argument with --from-view, the name of the view")(c, got)
+			}
+			return args(1, 1, "one argument, SNAPSHOT or SNAPSHOT:SPACE/PATH")(c, got)
+		},
 		RunE: a.verb(func(ctx context.Context, args []string) error {
+			if f.fromView {
+				if f.live.live || f.to != (toFlags{}) || f.inPlace || f.reportLost || f.saveNewer != "" {
+					return usageError("--from-view puts back the whole instance; it excludes --live, --to, --in-place, --report-lost and --save-newer")
+				}
+				if err := a.onlyLive(); err != nil {
+					return err
+				}
+				return a.restoreView(ctx, strings.Join(args, ""), &f)
+			}
 			if f.live.live && (f.inPlace || f.reportLost || f.saveNewer != "") {
 				return usageError("--live excludes --in-place, --report-lost and --save-newer")
 			}
@@ -125,6 +146,7 @@ into a folder to look at.
 	fs.StringVar(&p.configDir, "config-dir", "", "`directory` to restore the configuration to (default: where it was)")
 	fs.StringArrayVar(&p.maps, "map", nil, "restore what was at OLD to NEW: `OLD=NEW`; OLD may be the server's own name of it; may be repeated")
 	fs.BoolVar(&f.overwrite, "overwrite", false, "restore onto what is there; what is in the way is moved aside")
+	fs.BoolVar(&f.fromView, "from-view", false, "restore from views that a backup left on the filesystems")
 	fs.BoolVar(&f.dropIDCache, "drop-id-cache", false, "leave out the id cache of the posix driver, which holds old paths; the server makes it anew")
 	fs.BoolVar(&f.trustTimes, "trust-times", false, "with --overwrite: do not read files whose size and time are right")
 	fs.StringVar(&f.owner, "owner", "", "give everything to `UID:GID` instead of the recorded owners")
@@ -209,7 +231,7 @@ func (a *app) restore(ctx context.Context, arg string, f *restoreFlags) error {
 		}
 		res, err := restore.Run(ctx, r, plan)
 		if res != nil {
-			a.showRestore(sn, plan, res, env, f)
+			a.showRestore(restored{snapshot: sn.ID().String()}, plan, res, env, f)
 		}
 		if err != nil {
 			return cannotRestore(sn, err)
@@ -322,12 +344,23 @@ func indexHint(m *snapshot.Manifest) string {
 	return fmt.Sprintf("Make the search index anew once the instance runs: `%s search index --all-spaces`.", bin)
 }
 
+// restored names what is restored: a snapshot, or a view and the snapshot that was made from it, if any.
+type restored struct{ view, snapshot string }
+
+func (r restored) String() string {
+	if r.view != "" {
+		return "view " + r.view
+	}
+	return "snapshot " + r.snapshot[:8]
+}
+
 // restoreSummary is the final object of a restore.
 type restoreSummary struct {
 	Event    string `json:"event"`
 	Verb     string `json:"verb"`
 	DryRun   bool   `json:"dry_run"`
-	Snapshot string `json:"snapshot"`
+	Snapshot string `json:"snapshot,omitempty"`
+	View     string `json:"view,omitempty"`
 	*restore.Result
 	Seconds      float64  `json:"seconds"`
 	Environment  []string `json:"environment"`
@@ -335,25 +368,25 @@ type restoreSummary struct {
 	Crash        bool     `json:"crash_consistent,omitempty"`
 }
 
-func (a *app) showRestore(sn *snapshot.Snapshot, plan *restore.Plan, res *restore.Result, env []environmentFile, f *restoreFlags) {
+func (a *app) showRestore(what restored, plan *restore.Plan, res *restore.Result, env []environmentFile, f *restoreFlags) {
 	names := []string{}
 	for _, e := range env {
 		names = append(names, e.name)
 	}
 	if a.ui.JSON() {
 		a.ui.Object(restoreSummary{
-			"summary", "restore", f.dryRun, sn.ID().String(), res, res.Elapsed.Seconds(), names, indexMissing(plan.Manifest), plan.Manifest.Freeze.CrashConsistent,
+			"summary", "restore", f.dryRun, what.snapshot, what.view, res, res.Elapsed.Seconds(), names, indexMissing(plan.Manifest), plan.Manifest.Freeze.CrashConsistent,
 		})
 		return
 	}
 	if !a.ui.Quiet() {
-		verb := "restored snapshot %s (%s) in %s"
+		verb := "restored %s (%s) in %s"
 		if f.dryRun {
-			verb = "dry run, nothing changed; restoring snapshot %s (%s) would do this; took %s"
+			verb = "dry run, nothing changed; restoring %s (%s) would do this; took %s"
 		}
 		m := plan.Manifest
 		product := cmp.Or(strings.TrimSpace(m.Product+" "+m.ProductVersion), "unknown product")
-		a.ui.Text(fmt.Sprintf(verb, sn.ID().Short(), ui.Quote(product), ui.Duration(res.Elapsed)))
+		a.ui.Text(fmt.Sprintf(verb, what, ui.Quote(product), ui.Duration(res.Elapsed)))
 		var rows [][]string
 		for _, d := range res.DataSets {
 			rows = append(rows, []string{

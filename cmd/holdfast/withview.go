@@ -156,7 +156,11 @@ func (a *app) withView(ctx context.Context, f *withViewFlags, argv []string) err
 	}
 	err = a.runOnViews(ctx, set, inst, program, argv, f.originalPaths)
 	broken := set.Check(context.WithoutCancel(ctx))
-	if whole = broken == nil; !whole {
+	if whole = broken == nil; whole {
+		if err := set.SetNote(snapshot.NewViewNote("", viewedManifest(inst, set, rec))); err != nil {
+			return err
+		}
+	} else {
 		// What the program read is worth nothing, whatever it says.
 		err = errors.Join(fmt.Errorf("what the command read is no picture of one moment: %w", broken), err)
 	}
@@ -348,6 +352,31 @@ type withViewSummary struct {
 	ExitCode int             `json:"exit_code"`
 }
 
+// viewedManifest describes what the views show, for a restore from them.
+func viewedManifest(inst *ocis.Instance, set *fssnap.Set, rec freeze.Record) snapshot.Manifest {
+	m := snapshot.Manifest{
+		Holdfast: version, Product: string(inst.Product), ProductVersion: inst.Version, Setup: inst.Setup,
+		BasePath: inst.BasePath, ConfigDir: inst.ConfigDir, URL: inst.URL, Freeze: backup.FreezeRecord(rec), Views: viewsOf(set),
+	}
+	for _, d := range inst.DataSets {
+		m.DataSets = append(m.DataSets, snapshot.DataSet{
+			Name: d.Name, Kind: string(d.Kind), Path: d.Path, ServerPath: d.ServerPath, Class: string(d.Class),
+			Filesystem: d.Filesystem, Captured: d.Found, Store: d.Store,
+		})
+	}
+	for _, s := range inst.Stores {
+		m.Stores = append(m.Stores, snapshot.Store{Name: s.Name, Root: s.Root, Driver: s.Driver, Layout: string(s.Layout), Prefix: s.Prefix})
+	}
+	return m
+}
+
+func viewsOf(set *fssnap.Set) (out []snapshot.View) {
+	for _, v := range set.Views() {
+		out = append(out, snapshot.View{Kind: v.Kind, Source: v.Source, MadeAt: timeOrNil(v.MadeAt)})
+	}
+	return out
+}
+
 func (a *app) showWithView(rec freeze.Record, set *fssnap.Set, err error) {
 	if !a.ui.JSON() {
 		if rec.Downtime > 0 && stops(rec.Method) {
@@ -356,8 +385,6 @@ func (a *app) showWithView(rec freeze.Record, set *fssnap.Set, err error) {
 		return
 	}
 	s := withViewSummary{Event: "summary", Verb: "with-view", Freeze: backup.FreezeRecord(rec), ExitCode: exitCode(err)}
-	for _, v := range set.Views() {
-		s.Views = append(s.Views, snapshot.View{Kind: v.Kind, Source: v.Source, MadeAt: timeOrNil(v.MadeAt)})
-	}
+	s.Views = viewsOf(set)
 	a.ui.Object(s)
 }

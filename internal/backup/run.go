@@ -348,7 +348,7 @@ func (b *run) commit(ctx context.Context, got *capture.Result) (*Result, error) 
 		}
 		res.SnapshotID = sn.ID()
 	}
-	b.views.keep = b.dry == nil // only views of a good snapshot are a way back
+	b.views.keepFor(res) // only views of a good snapshot are a way back
 	st.Duration = o.Now().Sub(b.start)
 	o.Progress.Emit(progress.Event{Kind: progress.Finish, Phase: "commit"})
 	return res, nil

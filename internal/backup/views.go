@@ -67,6 +67,9 @@ func (v *views) coldRoots(inst *ocis.Instance) []string {
 // planViews finds out what can be held still.
 func (b *run) planViews(ctx context.Context) error {
 	o, v := b.o, &b.views
+	if i := slices.IndexFunc(o.Instance.Stores, func(s ocis.Store) bool { return s.S3 != nil }); i >= 0 && o.Freezer.Method() == freeze.KindViewOnly {
+		return &HotError{Why: fmt.Sprintf("the blobs of store %s lie in a bucket, which no view holds still", o.Instance.Stores[i].Name)}
+	}
 	if len(o.Views) == 0 && o.Freezer.Method() == freeze.KindViewOnly {
 		return &HotError{Why: "views are turned off"}
 	}
@@ -208,6 +211,13 @@ func (e *HotError) Error() string {
 // Hints says what to do next.
 func (e *HotError) Hints() []string {
 	return []string{"No snapshot was made. --freeze auto stops the instance for as short as can be, and copies before the stop what no view can hold still."}
+}
+
+// keepFor lets the views stay after a good backup.
+func (v *views) keepFor(res *Result) {
+	if v.set != nil && !res.SnapshotID.IsNull() {
+		v.keep = v.set.SetNote(snapshot.NewViewNote(res.SnapshotID.String(), res.Manifest)) == nil
+	}
 }
 
 // closeViews removes the views, or keeps them.

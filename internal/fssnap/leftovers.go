@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/holdfast-backup/holdfast/internal/statedir"
 )
@@ -164,6 +165,36 @@ func RemoveLeftovers(ctx context.Context, drivers []Driver, o FindOptions) ([]Vi
 		}
 	}
 	return removed, errors.Join(errs...)
+}
+
+// KeptSet is a set of views that Close had kept.
+type KeptSet struct {
+	Name   string
+	Label  string
+	MadeAt time.Time
+}
+
+// ListKept lists the kept sets on record, the oldest first. Records that cannot be read are an error
+// beside the list.
+func ListKept(stateDir string) ([]KeptSet, error) {
+	files, err := listRecords(stateDir)
+	if err != nil {
+		return nil, err
+	}
+	var list []KeptSet
+	var errs []error
+	for _, f := range files {
+		r, err := f.read()
+		switch {
+		case errors.Is(err, fs.ErrNotExist): // only a lock, or closed just now
+		case err != nil:
+			errs = append(errs, err)
+		case r.Kept:
+			list = append(list, KeptSet{r.Name, r.Label, r.MadeAt})
+		}
+	}
+	slices.SortStableFunc(list, func(a, b KeptSet) int { return a.MadeAt.Compare(b.MadeAt) })
+	return list, errors.Join(errs...)
 }
 
 // RemoveKept removes a kept set by its name.

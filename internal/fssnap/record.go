@@ -22,9 +22,11 @@ type record struct {
 	MadeAt  time.Time `json:"made_at"`
 	PID     int       `json:"pid"` // for people; the lock tells whether the owner lives
 	Kept    bool      `json:"kept,omitempty"`
-	Parts   []part    `json:"parts"`
-	Sources []Source  `json:"sources"`
-	Views   []View    `json:"views"` // empty until all are made; in the order of Sources
+	// Note is for whoever keeps the views.
+	Note    json.RawMessage `json:"note,omitempty"`
+	Parts   []part          `json:"parts"`
+	Sources []Source        `json:"sources"`
+	Views   []View          `json:"views"` // empty until all are made; in the order of Sources
 }
 
 // recordFiles names the files of one set.

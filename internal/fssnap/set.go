@@ -2,6 +2,7 @@ package fssnap
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -69,6 +70,7 @@ type Set struct {
 
 	started time.Time // just before the first view was made
 	except  []string  // without symbolic links
+	note    json.RawMessage
 	files   recordFiles
 	lock    *os.File
 	opened  bool // by OpenKept
@@ -329,7 +331,7 @@ func (s *Set) Create(ctx context.Context) (err error) {
 func (s *Set) record() record {
 	r := record{
 		Version: recordVersion, Name: s.name, Label: s.o.Label, MadeAt: s.started.UTC(), PID: os.Getpid(),
-		Parts: slices.Clone(s.parts), Sources: s.sources, Views: s.views,
+		Parts: slices.Clone(s.parts), Sources: s.sources, Views: s.views, Note: s.note,
 	}
 	for i := range r.Parts {
 		if p := &r.Parts[i]; p.err != nil {
@@ -512,6 +514,21 @@ func (s *Set) Check(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
+// SetNote leaves a note with the views, if they are kept, for whoever opens them.
+func (s *Set) SetNote(v any) error {
+	note, err := json.Marshal(v)
+	if err == nil {
+		s.note = note
+	}
+	return err
+}
+
+// Note is what SetNote left, nil if there was none.
+func (s *Set) Note() json.RawMessage { return s.note }
+
+// MadeAt is no later than the instant of the first view.
+func (s *Set) MadeAt() time.Time { return s.started }
+
 // Discard makes Close remove the views, whatever Options.KeepLast says: they are not worth keeping.
 func (s *Set) Discard() { s.o.KeepLast = 0 }
 
@@ -591,7 +608,7 @@ func OpenKept(ctx context.Context, drivers []Driver, name string, o Options) (*S
 	if err != nil {
 		return nil, fmt.Errorf("open the views %s: %w", name, err)
 	}
-	s := &Set{name: name, drivers: drivers, o: o, parts: r.Parts, sources: r.Sources, started: r.MadeAt, files: files, lock: lock, opened: true}
+	s := &Set{name: name, drivers: drivers, o: o, parts: r.Parts, sources: r.Sources, started: r.MadeAt, note: r.Note, files: files, lock: lock, opened: true}
 	for _, v := range r.Views {
 		d, err := s.driver(v.Kind)
 		if err == nil {

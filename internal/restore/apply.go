@@ -30,6 +30,19 @@ type entry struct {
 	ids      []id.ID
 	content  string
 	hardlink string
+	// Of a view: src opens the content, stat is how the picture looks, and complete reads what is
+	// left of the metadata, once it is needed.
+	src      func() (*os.File, error)
+	stat     *unix.Stat_t
+	complete func() error
+}
+
+// fill reads what was left to be read of the metadata.
+func (e *entry) fill() error {
+	if e.complete == nil {
+		return nil
+	}
+	return e.complete()
 }
 
 // job is a file whose content is still to come.
@@ -42,6 +55,7 @@ type job struct {
 	holes   []pax.Extent
 	content string
 	ids     []id.ID
+	src     func() (*os.File, error) // see entry
 	// present: a file of that size is there, and has to be compared first.
 	present bool
 	// all: see setMeta.
@@ -71,6 +85,8 @@ type frame struct {
 	fresh, absent bool
 	// all: what is made here may get attributes by itself (default access lists).
 	all bool
+	// same: it is the folder of the view that is restored, unchanged, so its names and attributes are right.
+	same bool
 	// seen are the names that came so far, kept where others may be there.
 	seen map[string]struct{}
 }
@@ -202,6 +218,9 @@ func (a *applier) putRoot(e *entry) error {
 	f := &a.stack[0]
 	if f.own {
 		return a.d.fail(e.from, "", refused("the top comes twice"))
+	}
+	if err := e.fill(); err != nil {
+		return a.failed(e, err)
 	}
 	f.own, f.m, f.from = true, e.meta, e.from
 	a.d.run.own(&f.m)
@@ -362,7 +381,7 @@ func (a *applier) leave(f *frame) error {
 		d.mu.Unlock()
 		m.mode |= 0o700
 	}
-	_, err := d.setMeta(f.fd, &st, &m, f.all || !f.fresh)
+	_, err := d.setMeta(f.fd, &st, &m, !f.same && (f.all || !f.fresh))
 	d.settled(&st, &m)
 	if err != nil {
 		return d.fail(f.from, f.rel, err)
@@ -382,7 +401,7 @@ func (a *applier) findExtras(f *frame) error {
 	for {
 		names, err := dir.Readdirnames(1024)
 		for _, name := range names {
-			if _, ok := f.seen[name]; ok || f.rel == "" && a.d.keepAtTop(name) {
+			if _, ok := f.seen[name]; ok || f.rel == "" && a.d.keepAtTop(name) || a.d.run.view.leaves(name) {
 				continue
 			}
 			a.d.mu.Lock()
@@ -422,13 +441,19 @@ func (a *applier) stat(f *frame, name string) (*unix.Stat_t, error) {
 
 func (a *applier) dir(f *frame, name string, e *entry) error {
 	d := a.d
-	n := frame{rel: e.rel, from: e.from, fd: -1, own: true, m: e.meta, all: f.all}
-	d.run.own(&n.m)
-	add(&d.res.Dirs, 1)
 	st, err := a.stat(f, name)
 	if err != nil {
 		return err
 	}
+	same := d.unchanged(e, st)
+	if !same {
+		if err := e.fill(); err != nil {
+			return err
+		}
+	}
+	n := frame{rel: e.rel, from: e.from, fd: -1, own: true, m: e.meta, all: f.all, same: same}
+	d.run.own(&n.m)
+	add(&d.res.Dirs, 1)
 	if st != nil && st.Mode&unix.S_IFMT != unix.S_IFDIR {
 		if st.Mode&unix.S_IFMT == unix.S_IFLNK && d.isProtected(e.rel) {
 			d.run.warnOnce("link "+e.rel, fmt.Sprintf("%s stays a symbolic link, because another data set lies behind it", d.show(e.rel)))
@@ -470,7 +495,9 @@ func (a *applier) dir(f *frame, name string, e *entry) error {
 	}
 	if !n.fresh {
 		n.all = n.all || inherits(n.fd)
-		n.seen = map[string]struct{}{}
+		if !n.same {
+			n.seen = map[string]struct{}{}
+		}
 	}
 	a.push(n)
 	return nil
@@ -518,6 +545,13 @@ func (a *applier) special(f *frame, name string, e *entry) error {
 	d.run.own(&e.meta)
 	st, err := a.stat(f, name)
 	if err != nil {
+		return err
+	}
+	if d.unchanged(e, st) {
+		add(&d.res.Unchanged, 1)
+		return nil
+	}
+	if err := e.fill(); err != nil {
 		return err
 	}
 	want := fileType(e.typ)
@@ -593,11 +627,19 @@ func (a *applier) file(f *frame, name string, e *entry) error {
 	if err != nil {
 		return err
 	}
+	if d.unchanged(e, st) {
+		add(&d.res.Unchanged, 1)
+		d.run.bytes.Add(e.size)
+		return nil
+	}
+	if err := e.fill(); err != nil {
+		return err
+	}
 	same := st != nil && st.Mode&unix.S_IFMT == unix.S_IFREG && st.Size == e.size
-	if e.size != 0 && e.data == nil && e.content == "" && len(e.ids) == 0 {
+	if e.size != 0 && e.data == nil && e.content == "" && len(e.ids) == 0 && e.src == nil {
 		return fmt.Errorf("the snapshot records %d bytes and holds none", e.size)
 	}
-	later := e.content != "" || len(e.ids) > 0
+	later := e.content != "" || len(e.ids) > 0 || e.src != nil
 	if later && e.size == 0 && len(e.ids) == 0 {
 		later = false // nothing to look up
 	}
@@ -606,7 +648,7 @@ func (a *applier) file(f *frame, name string, e *entry) error {
 	}
 	j := &job{
 		d: d, rel: e.rel, from: e.from, meta: e.meta, size: e.size, holes: e.holes,
-		content: e.content, ids: e.ids, present: same, all: f.all,
+		content: e.content, ids: e.ids, src: e.src, present: same, all: f.all,
 	}
 	if same && st.Nlink > 1 {
 		d.mu.Lock()

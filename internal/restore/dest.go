@@ -48,6 +48,11 @@ type dest struct {
 	implicit map[string]bool  // directories made before their own entry came
 	modes    []lateMode
 	aside    *aside
+
+	fuse struct { // see onFUSE
+		once sync.Once
+		is   bool
+	}
 }
 
 type hardlink struct {

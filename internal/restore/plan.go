@@ -83,9 +83,10 @@ type Target struct {
 	Bytes   int64  `json:"bytes"`
 
 	store string         // name of the store, if it is one
-	tree  string         // place in the snapshot
+	tree  string         // place in the snapshot, or of the picture in a view
 	node  *snapshot.Node // of plain data
 	tars  []tarFile      // of a store
+	view  *viewTarget    // of a view
 	// path is To with the symbolic links of the administrator resolved. outer is the target whose
 	// root encloses it, or nil.
 	path  string
@@ -93,7 +94,9 @@ type Target struct {
 }
 
 // single reports whether the target is one file.
-func (t *Target) single() bool { return t.node != nil && t.node.Type != snapshot.Dir }
+func (t *Target) single() bool {
+	return t.node != nil && t.node.Type != snapshot.Dir || t.view != nil && t.view.file
+}
 
 // group is the outermost target around t.
 func (t *Target) group() *Target {
@@ -124,7 +127,8 @@ type Plan struct {
 
 	o      Options
 	repo   Repo
-	tree   id.ID
+	tree   id.ID   // of the snapshot; of a view, a number made from its name
+	view   *View   // nil: it is a snapshot
 	places []place // of all data sets, restored or not
 }
 
@@ -188,18 +192,10 @@ func (p *Plan) choose(ctx context.Context) error {
 	for i := range m.DataSets {
 		d := &m.DataSets[i]
 		known[d.Name] = true
-		from := d.Path
-		if d.Store != "" {
-			for k := range m.Stores {
-				if m.Stores[k].Name == d.Store {
-					from = m.Stores[k].Root
-				}
-			}
+		from, err := p.from(d)
+		if err != nil {
+			return err
 		}
-		if !filepath.IsAbs(from) || strings.IndexByte(from, 0) >= 0 {
-			return fmt.Errorf("the manifest gives %q as the place of data set %s, which is no absolute path", from, d.Name)
-		}
-		from = filepath.Clean(from)
 		to, err := p.mapPath(d.Name, from)
 		selected := d.Captured && (len(only) == 0 || only[d.Name])
 		if err != nil && selected {
@@ -259,6 +255,22 @@ func (p *Plan) choose(ctx context.Context) error {
 		return errors.New("the snapshot holds no data set")
 	}
 	return nil
+}
+
+// from is where a data set lay.
+func (p *Plan) from(d *snapshot.DataSet) (string, error) {
+	from := d.Path
+	if d.Store != "" {
+		for k := range p.Manifest.Stores {
+			if s := &p.Manifest.Stores[k]; s.Name == d.Store {
+				from = s.Root
+			}
+		}
+	}
+	if !filepath.IsAbs(from) || strings.IndexByte(from, 0) >= 0 {
+		return "", fmt.Errorf("the manifest gives %q as the place of data set %s, which is no absolute path", from, d.Name)
+	}
+	return filepath.Clean(from), nil
 }
 
 // findTars lists the archives of a store, store.tar first.
@@ -493,6 +505,9 @@ func (p *Plan) Check(ctx context.Context) error {
 	}
 	if len(ne.Paths) > 0 {
 		return &ne
+	}
+	if p.view != nil && p.clones() {
+		return nil // contents are shared with the view
 	}
 	return p.checkRoom(ctx, delta)
 }

@@ -73,6 +73,7 @@ type run struct {
 	cancel     context.CancelCauseFunc
 	repo       Repo
 	tree       id.ID // root of the snapshot
+	view       *View // nil: it is a snapshot that is restored
 	workers    int
 	dry        bool
 	sizeOnly   bool // a dry run that takes a file of the right size for right
@@ -268,7 +269,7 @@ func (p *Plan) run(ctx context.Context, sizeOnly bool) (res *Result, err error) 
 	start := o.Now()
 	r := newRun(ctx, p.repo, &o)
 	defer r.cancel(nil)
-	r.tree, r.sizeOnly = p.tree, sizeOnly
+	r.tree, r.view, r.sizeOnly = p.tree, p.view, sizeOnly
 	markers := map[*Target]*marker{}
 	for _, t := range p.Targets {
 		if t.outer != nil {
@@ -381,6 +382,9 @@ func removeMarker(t *Target, m *marker) error {
 }
 
 func (p *Plan) restore(d *dest, t *Target) error {
+	if t.view != nil {
+		return restorePicture(d, t)
+	}
 	if t.node == nil {
 		return restoreStore(d, t.tars, d.run.objectsOf(p, t, d))
 	}

@@ -315,3 +315,18 @@ func TestMountedInPlace(t *testing.T) {
 		t.Errorf("left: %v, %v", e, err)
 	}
 }
+
+// TestWayBack restores an instance from a view that was kept, in the top-level subvolume and in one of
+// its own; the contents are shared with the view.
+func TestWayBack(t *testing.T) {
+	top := filepath.Join(t.TempDir(), "top")
+	fssnaptest.MountAt(t, device(t), top, "btrfs", "")
+	for name, dir := range map[string]string{
+		"a folder": mkdir(t, filepath.Join(top, "srv")), "a subvolume": subvolumeAt(t, filepath.Join(top, "own")),
+	} {
+		t.Run(name, func(t *testing.T) {
+			state := t.TempDir()
+			fssnaptest.WayBack(t, New(Options{StateDir: state}), state, dir, false)
+		})
+	}
+}
