@@ -54,6 +54,8 @@ type globalOptions struct {
 	retryLock       time.Duration
 	stateDir        string
 	cacheDir        string
+	cacheSize       int // MiB
+	noCache         bool
 	json            bool
 	quiet           bool
 	verbose         bool
@@ -129,6 +131,8 @@ or holdfast thaw; holdfast status tells about it.
 	f.StringVar(&a.opt.passwordCommand, "password-command", "", "shell `command` that prints the password")
 	f.StringVar(&a.opt.configFile, "config-file", "", "settings `file` (default "+settings.DefaultFile+" if it exists)")
 	f.StringVar(&a.opt.cacheDir, "cache-dir", "", "`directory` for what speeds up the next backup; may be deleted at any time")
+	f.IntVar(&a.opt.cacheSize, "cache-size", 2048, "upper limit of what is kept there of repositories on servers, in `MiB`")
+	f.BoolVar(&a.opt.noCache, "no-cache", false, "keep nothing of repositories on servers")
 	f.StringVar(&a.opt.stateDir, "state-dir", "", "`directory` for the record of what must be started again (default\n$XDG_STATE_HOME/holdfast; else /var/lib/holdfast for root, ~/.local/state/holdfast for others)")
 	f.DurationVar(&a.opt.retryLock, "retry-lock", 0, "how long to wait for a locked repository, e.g. 10m")
 	a.opt.remote.flags(f)

@@ -38,6 +38,7 @@ incomplete because something was missing when it was made.
 ` + exitHelp(append([]int{exitIncomplete}, repoCodes...)...),
 		Args: args(0, 0, "no arguments"),
 		RunE: a.verb(func(ctx context.Context, _ []string) error {
+			a.opt.noCache = true // the originals are to be looked at
 			return a.withRepository(ctx, repoOptions{}, readLock(noLock), func(ctx context.Context, r *repo.Repository) error {
 				if against.on {
 					return a.againstSource(ctx, r, &against)

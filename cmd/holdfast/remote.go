@@ -4,11 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"time"
 
 	"github.com/spf13/pflag"
 
 	"github.com/holdfast-backup/holdfast/internal/backend"
+	"github.com/holdfast-backup/holdfast/internal/backend/cache"
 	"github.com/holdfast-backup/holdfast/internal/backend/location"
 	"github.com/holdfast-backup/holdfast/internal/backend/retry"
 	"github.com/holdfast-backup/holdfast/internal/s3"
@@ -107,6 +109,9 @@ func (a *app) backendAt(ctx context.Context, addr string) (backend.Backend, erro
 	if err != nil {
 		return nil, withCode(exitUsage, err)
 	}
+	if a.opt.cacheSize < 1 {
+		return nil, usageError("--cache-size is a positive number of MiB, not %d; --no-cache does without", a.opt.cacheSize)
+	}
 	if loc.Password != "" && a.set["repo"].Layer == settings.Flag {
 		a.ui.Warn("every user of this machine can see the password in --repo; set RESTIC_REST_PASSWORD instead")
 	}
@@ -118,9 +123,16 @@ func (a *app) backendAt(ctx context.Context, addr string) (backend.Backend, erro
 	if err != nil {
 		return nil, err
 	}
-	return retry.New(be, retry.Options{Report: func(op string, h backend.Handle, err error, wait time.Duration) {
+	be = retry.New(be, retry.Options{Report: func(op string, h backend.Handle, err error, wait time.Duration) {
 		a.ui.Warn("%s of %s failed, trying again in %s: %v", op, h, ui.Duration(wait), err)
-	}}), nil
+	}})
+	if dir := a.cacheDir(); loc.Scheme != "local" && dir != "" && !a.opt.noCache {
+		be = cache.New(be, cache.Options{
+			Dir: filepath.Join(dir, "repository"), MaxBytes: int64(a.opt.cacheSize) << 20,
+			Warn: func(err error) { a.ui.Warn("%v", err) },
+		})
+	}
+	return be, nil
 }
 
 // openError explains why the place of the repository could not be looked at.

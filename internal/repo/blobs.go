@@ -133,8 +133,12 @@ func (r *Repository) LoadBlob(ctx context.Context, t BlobType, blob ID, buf []by
 	var errs []error
 	for p := range r.places(t, blob) {
 		// Twice, as damage may come from the way and not from the place.
-		for range 2 {
-			out, err := r.loadPlace(ctx, p, buf[:0])
+		for try := range 2 {
+			tctx := ctx
+			if try > 0 {
+				tctx = backend.WithHint(ctx, backend.Fresh) // nor from a cache
+			}
+			out, err := r.loadPlace(tctx, p, buf[:0])
 			if err == nil {
 				return out, nil
 			}
@@ -157,10 +161,18 @@ func (r *Repository) LoadBlob(ctx context.Context, t BlobType, blob ID, buf []by
 func (r *Repository) loadPlace(ctx context.Context, p place, dst []byte) ([]byte, error) {
 	sealed := getBuffer(int(p.e.Length))
 	defer putBuffer(sealed)
-	if err := r.readRange(ctx, p.pack, int64(p.e.Offset), (*sealed)[:p.e.Length]); err != nil {
+	if err := r.readRange(hint(ctx, p.e.Type), p.pack, int64(p.e.Offset), (*sealed)[:p.e.Length]); err != nil {
 		return nil, err
 	}
 	return r.decodeBlob(dst, (*sealed)[:p.e.Length], p.e)
+}
+
+// hint tells caches that packs of trees are read again and again.
+func hint(ctx context.Context, t BlobType) context.Context {
+	if t == TreeBlob {
+		return backend.WithHint(ctx, backend.Metadata)
+	}
+	return ctx
 }
 
 // readRange fills p from a pack.
@@ -261,7 +273,7 @@ func (r *Repository) LoadBlobs(ctx context.Context, t BlobType, ids []ID, fn fun
 			defer putBuffer(raw)
 			buf := getBuffer(0)
 			defer func() { putBuffer(buf) }()
-			rerr := r.readRange(gctx, packID, start, (*raw)[:end-start])
+			rerr := r.readRange(hint(gctx, t), packID, start, (*raw)[:end-start])
 			for _, w := range piece {
 				if gctx.Err() != nil {
 					return context.Cause(gctx)

@@ -27,6 +27,9 @@ func (e *hashError) Error() string {
 func (r *Repository) readFile(ctx context.Context, h backend.Handle) ([]byte, error) {
 	for try := 0; ; try++ {
 		var data []byte
+		if try > 0 {
+			ctx = backend.WithHint(ctx, backend.Fresh) // nor from a cache
+		}
 		err := r.be.Load(ctx, h, 0, 0, func(rd io.Reader) (err error) {
 			data, err = io.ReadAll(rd)
 			return err

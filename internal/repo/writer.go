@@ -229,7 +229,7 @@ func (w *Writer) upload(p *packer) {
 		name := id.Hash(file)
 		err := w.failed()
 		if err == nil {
-			err = w.r.be.Save(w.ctx, backend.Handle{Type: backend.PackFile, Name: name.String()}, file)
+			err = w.r.be.Save(hint(w.ctx, blobs[0].Type), backend.Handle{Type: backend.PackFile, Name: name.String()}, file)
 		}
 		if cap(file) > int(w.r.opts.PackSize)+1<<20 {
 			file = nil // outgrown by a giant blob
