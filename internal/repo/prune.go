@@ -122,7 +122,7 @@ const (
 	removePack
 )
 
-// prunePack is what is known of a pack: 64 bytes each. Sizes are in bytes, stored, with header entries.
+// prunePack is what is known of a pack: 56 bytes each. Sizes are in bytes, stored, with header entries.
 type prunePack struct {
 	file               int64 // as the backend says; -1: it is not there
 	size               int64 // by the index
@@ -144,7 +144,8 @@ type pruneIndex struct {
 	rewrite bool
 }
 
-// PrunePlan says what Execute will do. Memory: the index, two bits a blob and 68 bytes a pack.
+// PrunePlan says what Execute will do. Memory: the index, two bits a blob and 60 bytes a pack; while the packs are
+// listed, about 100 bytes a pack more.
 type PrunePlan struct {
 	Stats PruneStats
 
