@@ -36,6 +36,12 @@ func (c *Changes) Total() int { return c.New + c.Overwritten + c.Renamed + c.Del
 // and times propagated to the space's root. Metadata is replaced by renaming, so the folders' times
 // are those of now. Ids and contents follow from seed and from what is there.
 func Mutate(ctx context.Context, dir string, seed uint64, fraction float64) (*Changes, error) {
+	return MutateNoting(ctx, dir, seed, fraction, func(string) {})
+}
+
+// MutateNoting is Mutate that calls note with each path that it is about to make, replace or remove,
+// relative to the root of the users' storage; folders that it makes on the way are not named.
+func MutateNoting(ctx context.Context, dir string, seed uint64, fraction float64, note func(path string)) (*Changes, error) {
 	rec, err := ReadRecord(dir)
 	if err != nil {
 		return nil, fmt.Errorf("change an instance that was not generated: %w", err)
@@ -54,7 +60,7 @@ func Mutate(ctx context.Context, dir string, seed uint64, fraction float64) (*Ch
 	}
 	defer st.close()
 	m := &mutator{
-		ctx: ctx, st: st, fill: newFiller(), r: stream(seed, forMutation, rec.Mutations, 0),
+		ctx: ctx, st: st, note: note, fill: newFiller(), r: stream(seed, forMutation, rec.Mutations, 0),
 		seed: stream(seed, forMutation, rec.Mutations, 1).seed(),
 		// The logical clock goes on from the end of the generated time, a day for each run.
 		now: lastDay + int64(rec.Mutations+1)*day, mean: rec.Options.Bytes / int64(max(1, rec.Options.Files)),
@@ -92,6 +98,7 @@ func Mutate(ctx context.Context, dir string, seed uint64, fraction float64) (*Ch
 type mutator struct {
 	ctx    context.Context
 	st     *store
+	note   func(path string)
 	fill   *filler
 	r      rng
 	seed   uint64
@@ -230,6 +237,7 @@ func (m *mutator) lock(base, id string) error {
 }
 
 func (m *mutator) touchNew(path string) error {
+	m.note(path)
 	fd, err := unix.Openat(m.st.fd, path, unix.O_WRONLY|unix.O_CREAT|unix.O_CLOEXEC, 0o600)
 	if err != nil {
 		return &os.PathError{Op: "create", Path: path, Err: err}
@@ -238,6 +246,7 @@ func (m *mutator) touchNew(path string) error {
 }
 
 func (m *mutator) write(path string, mode uint32, data []byte) error {
+	m.note(path)
 	return m.st.writeNew(path, mode, func(f *os.File) error {
 		_, err := f.Write(data)
 		return err
@@ -245,8 +254,18 @@ func (m *mutator) write(path string, mode uint32, data []byte) error {
 }
 
 func (m *mutator) rename2(from, to string) error {
+	m.note(from)
+	m.note(to)
 	if err := unix.Renameat(m.st.fd, from, m.st.fd, to); err != nil {
 		return &os.LinkError{Op: "rename", Old: from, New: to, Err: err}
+	}
+	return nil
+}
+
+func (m *mutator) symlink(target, path string) error {
+	m.note(path)
+	if err := unix.Symlinkat(target, m.st.fd, path); err != nil {
+		return &os.PathError{Op: "symlink", Path: path, Err: err}
 	}
 	return nil
 }
@@ -256,7 +275,7 @@ func (m *mutator) content() (string, item, checksums, error) {
 	it := item{size: 1 + int64(float64(m.mean)*(0.2+1.6*m.r.float())), key: m.r.next(), kind: contentKind(m.r.below(3) / 2)}
 	id := m.uuid()
 	m.done.Bytes += it.size
-	// An upload is received first and then renamed into its place.
+	// An upload is received first and then renamed into its place, which notes it.
 	var c checksums
 	err := m.st.writeNew("uploads/"+id, 0o644, func(f *os.File) error {
 		var err error
@@ -288,8 +307,8 @@ func (m *mutator) create(parent *target) error {
 		return err
 	}
 	name := "new " + drawName(&m.r, it.kind, int(m.r.below(1e9)))
-	if err := unix.Symlinkat("../../../../../"+ocis.NodePath(id), m.st.fd, parent.path+"/"+name); err != nil {
-		return &os.PathError{Op: "symlink", Path: parent.path + "/" + name, Err: err}
+	if err := m.symlink("../../../../../"+ocis.NodePath(id), parent.path+"/"+name); err != nil {
+		return err
 	}
 	a := attributes{prefix: m.st.prefix}
 	a.text("id", id)
@@ -399,14 +418,15 @@ func (m *mutator) remove(t, parent *target) error {
 	if err != nil {
 		return err
 	}
-	if err := unix.Symlinkat("../../../../../nodes/"+ocis.NodePath(t.id)+trashMark(at), m.st.fd, link); err != nil {
-		return &os.PathError{Op: "symlink", Path: link, Err: err}
+	if err := m.symlink("../../../../../nodes/"+ocis.NodePath(t.id)+trashMark(at), link); err != nil {
+		return err
 	}
 	for _, suffix := range []string{"", ".mpk"} {
 		if err := m.rename2(t.path+suffix, t.path+trashMark(at)+suffix); err != nil {
 			return err
 		}
 	}
+	m.note(parent.path + "/" + name)
 	if err := unix.Unlinkat(m.st.fd, parent.path+"/"+name, 0); err != nil {
 		return &os.PathError{Op: "remove", Path: parent.path + "/" + name, Err: err}
 	}

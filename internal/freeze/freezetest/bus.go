@@ -294,7 +294,7 @@ func (m *Manager) start(name string) string {
 // spawn starts the server of a unit; mu is held.
 func (m *Manager) spawn(u *unitState) error {
 	u.cmd = exec.Command(m.bin, "server")
-	u.cmd.Env = []string{"OCIS_BASE_DATA_PATH=" + u.Base.Dir, "OCIS_TEST_MODE=" + u.Mode}
+	u.cmd.Env = append(u.Base.Env(), "OCIS_TEST_MODE="+u.Mode)
 	u.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := u.cmd.Start(); err != nil {
 		return err

@@ -119,13 +119,58 @@ func startEngine(bin string) (e *Engine, err error) {
 		return nil, err
 	}
 	for _, name := range []string{Image, SideImage} {
-		repo, tag, _ := strings.Cut(name, ":")
-		q := url.Values{"fromSrc": {"-"}, "repo": {repo}, "tag": {tag}}
-		if err := e.call(http.MethodPost, "/images/create?"+q.Encode(), "application/x-tar", bytes.NewReader(archive), nil); err != nil {
-			return nil, fmt.Errorf("import the image: %w", err)
+		if err := e.importImage(name, archive); err != nil {
+			return nil, err
 		}
 	}
 	return e, nil
+}
+
+func (e *Engine) importImage(name string, archive []byte) error {
+	repo, tag, _ := strings.Cut(name, ":")
+	q := url.Values{"fromSrc": {"-"}, "repo": {repo}, "tag": {tag}}
+	if err := e.call(http.MethodPost, "/images/create?"+q.Encode(), "application/x-tar", bytes.NewReader(archive), nil); err != nil {
+		return fmt.Errorf("import the image: %w", err)
+	}
+	return nil
+}
+
+// Import makes one more image with the content of Image, and returns its id.
+func (e *Engine) Import(t testing.TB, name string) string {
+	t.Helper()
+	archive, err := imageArchive(Binary(t))
+	if err == nil {
+		err = e.importImage(name, archive)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return e.ImageID(name)
+}
+
+// ImageID returns the id of an image, "" if there is none.
+func (e *Engine) ImageID(name string) string {
+	var image struct {
+		ID string `json:"Id"`
+	}
+	_ = e.call(http.MethodGet, "/images/"+name+"/json", "", nil, &image)
+	return image.ID
+}
+
+// RemoveImage removes an image that no container uses.
+func (e *Engine) RemoveImage(t testing.TB, name string) {
+	t.Helper()
+	if err := e.call(http.MethodDelete, "/images/"+name, "", nil, nil); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Load takes in a saved image.
+func (e *Engine) Load(t testing.TB, saved io.Reader) {
+	t.Helper()
+	if err := e.call(http.MethodPost, "/images/load?quiet=1", "application/x-tar", saved, nil); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // imageArchive is a root filesystem with the server and a shell.
@@ -252,8 +297,15 @@ func (e *Engine) Create(t testing.TB, s Spec) string {
 		s.Network = "none"
 	}
 	host := map[string]any{"NetworkMode": s.Network, "RestartPolicy": map[string]any{"Name": s.Restart}, "AutoRemove": s.Remove}
-	if s.Base != nil {
+	env := []string{"OCIS_BASE_DATA_PATH=/var/lib/ocis"}
+	switch {
+	case s.Base == nil:
+	case s.Base.Notes == s.Base.Dir:
 		host["Binds"] = []string{s.Base.Dir + ":/var/lib/ocis"}
+	default: // the load wants its paths
+		dir := filepath.Dir(s.Base.Dir)
+		host["Binds"] = []string{dir + ":" + dir, s.Base.Notes + ":" + s.Base.Notes}
+		env = s.Base.Env()
 	}
 	var health any
 	if s.Health {
@@ -262,7 +314,7 @@ func (e *Engine) Create(t testing.TB, s Spec) string {
 	body, err := json.Marshal(map[string]any{
 		"Healthcheck": health,
 		"Image":       s.Image, "Cmd": s.Command, "Labels": s.Labels, "User": s.User, "HostConfig": host,
-		"Env": []string{"OCIS_BASE_DATA_PATH=/var/lib/ocis", "OCIS_TEST_MODE=" + s.Mode, "PATH=/bin"},
+		"Env": append(env, "OCIS_TEST_MODE="+s.Mode, "PATH=/bin"),
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -5,6 +5,7 @@ package freezetest
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -21,6 +22,7 @@ import (
 	"time"
 
 	"github.com/holdfast-backup/holdfast/internal/freeze"
+	"github.com/holdfast-backup/holdfast/internal/freeze/freezetest/load"
 	"github.com/holdfast-backup/holdfast/internal/ocis"
 	"github.com/holdfast-backup/holdfast/internal/progress"
 )
@@ -85,6 +87,9 @@ type Base struct {
 	t    testing.TB
 	Dir  string
 	Inst *ocis.Instance
+	// Notes is where the server writes what is no data; Dir if it does not work under load.
+	Notes string
+	begin map[string]string // of the tree
 }
 
 // NewBase makes a data directory.
@@ -97,21 +102,112 @@ func NewBase(t testing.TB) *Base {
 	if err != nil {
 		t.Fatal(err)
 	}
-	dir = filepath.Join(dir, "base")
-	return &Base{t: t, Dir: dir, Inst: &ocis.Instance{Product: ocis.OCIS, BasePath: dir}}
+	return newBase(t, filepath.Join(dir, "base"), "")
+}
+
+func newBase(t testing.TB, dir, notes string) *Base {
+	return &Base{t: t, Dir: dir, Notes: cmp.Or(notes, dir), Inst: &ocis.Instance{Product: ocis.OCIS, BasePath: dir}}
+}
+
+// NewLoad takes dir/data, of an instance that package storegen made in dir, for that of a server under
+// load. notes is a directory elsewhere.
+func NewLoad(t testing.TB, dir, notes string) *Base {
+	t.Helper()
+	b := newBase(t, filepath.Join(dir, "data"), notes)
+	var err error
+	if b.begin, err = load.Tree(b.Dir); err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// Env is the environment of its server.
+func (b *Base) Env() []string {
+	env := []string{"OCIS_BASE_DATA_PATH=" + b.Dir}
+	if b.Notes != b.Dir {
+		env = append(env, "OCIS_TEST_NOTES="+b.Notes, "OCIS_TEST_PAUSE=25ms")
+	}
+	return env
+}
+
+// Note writes one of the files by which a server is told how to behave; "" removes it.
+func (b *Base) Note(name, text string) {
+	b.t.Helper()
+	file := filepath.Join(b.Notes, name)
+	err := os.WriteFile(file+".new", []byte(text), 0o644)
+	if err == nil {
+		err = os.Rename(file+".new", file)
+	}
+	if text == "" {
+		err = os.Remove(file)
+	}
+	if err != nil {
+		b.t.Fatal(err)
+	}
+}
+
+// AwaitChanges waits until a server under load has made n changes since its last start.
+func (b *Base) AwaitChanges(n int) {
+	b.t.Helper()
+	Eventually(b.t, fmt.Sprintf("the server has made %d changes", n), func() bool {
+		list, err := load.Read(filepath.Join(b.Notes, "journal"))
+		if err != nil {
+			return false
+		}
+		made := 0
+		for _, e := range list {
+			if made++; e.Mark != "" {
+				made = 0
+			}
+		}
+		return made >= n
+	})
+}
+
+// WantAcknowledged fails the test unless dir is just what a server under load had acknowledged until
+// its nth stop, and it had work before and after that.
+func (b *Base) WantAcknowledged(nth int, dir string) {
+	b.t.Helper()
+	list, err := load.Read(filepath.Join(b.Notes, "journal"))
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	want, before, after, err := load.At(b.begin, list, nth)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	if before == 0 || after == 0 {
+		b.t.Errorf("there were %d changes before stop %d and %d after it: that proves nothing", before, nth, after)
+	}
+	b.wantTree(fmt.Sprintf("what was acknowledged (%d changes before stop %d, %d after it)", before, nth, after), want, dir)
+}
+
+// WantBegin fails the test unless dir is what the data directory was when nothing had started yet.
+func (b *Base) WantBegin(dir string) {
+	b.t.Helper()
+	b.wantTree("the beginning", b.begin, dir)
+}
+
+func (b *Base) wantTree(what string, want map[string]string, dir string) {
+	b.t.Helper()
+	got, err := load.Tree(dir)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	if d := load.Diff(want, got); d != "" {
+		b.t.Errorf("it is not %s:\n%s", what, d)
+	}
 }
 
 // FailStarts makes the next n starts of the server fail.
 func (b *Base) FailStarts(n int) {
 	b.t.Helper()
-	if err := os.WriteFile(filepath.Join(b.Dir, "fail"), []byte(strconv.Itoa(n)), 0o644); err != nil {
-		b.t.Fatal(err)
-	}
+	b.Note("fail", strconv.Itoa(n))
 }
 
 // Events lists what the servers recorded: "started", "stopped", "failed", "locked out".
 func (b *Base) Events() []string {
-	data, _ := os.ReadFile(filepath.Join(b.Dir, "events"))
+	data, _ := os.ReadFile(filepath.Join(b.Notes, "events"))
 	return strings.Fields(string(data))
 }
 
@@ -179,7 +275,7 @@ func (b *Base) WantQuiet() {
 // Eventually polls until ok; the deadline is for machines under load.
 func Eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(30 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(2 * time.Minute); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
 		if ok() {
 			return
 		}

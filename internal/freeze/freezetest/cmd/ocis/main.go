@@ -3,7 +3,9 @@
 // it runs, and ends on SIGTERM, which it records as a clean stop. It is built without cgo, so that
 // an image needs nothing else. Under the name run it is what stands around a server.
 //
-//	ocis server             OCIS_TEST_MODE: "ignore" ignores SIGTERM, "slow:DURATION" takes its time
+//	ocis server             OCIS_TEST_MODE: "ignore" ignores SIGTERM, "slow:DURATION" takes its time;
+//	                        OCIS_TEST_NOTES: directory for what is no data, and the server works as
+//	                        under load (see package load), with a change each OCIS_TEST_PAUSE
 //	run wrapper COMMAND     what a shell does as the first process of a container: it runs COMMAND,
 //	                        passes no signal on, and ends when COMMAND does
 //	run stay COMMAND        the same, but it does not end
@@ -11,7 +13,11 @@
 //	run healthy             succeeds after half a second
 //	run idle                does nothing until SIGTERM
 //
-// A file "fail" in the base directory holds how many more starts of the server shall fail.
+// Beside the data, or in the directory for notes, it writes what it did into the file "events". A file
+// "fail" there holds how many more starts of the server shall fail; "mode" takes the place of
+// OCIS_TEST_MODE; under load "pid" holds the id of the server. "halt-at-stop" and "halt-at-start" hold the
+// id of a process that gets SIGSTOP just before the server ends, or once it has started: so a backup
+// stands still before its own next step.
 package main
 
 import (
@@ -25,6 +31,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"github.com/holdfast-backup/holdfast/internal/freeze/freezetest/load"
 )
 
 func main() {
@@ -90,49 +98,63 @@ func supervise() {
 func server() {
 	sig := terminated()
 	base := os.Getenv("OCIS_BASE_DATA_PATH")
+	notes := os.Getenv("OCIS_TEST_NOTES")
+	loaded := notes != ""
+	if !loaded {
+		notes = base
+	}
 	record := func(word string) {
-		f, err := os.OpenFile(filepath.Join(base, "events"), os.O_APPEND|os.O_WRONLY|os.O_CREATE, 0o644)
-		if err != nil {
-			fail(err)
-		}
+		f, err := os.OpenFile(filepath.Join(notes, "events"), os.O_APPEND|os.O_WRONLY|os.O_CREATE, 0o644)
+		check(err)
 		fmt.Fprintln(f, word)
 		f.Close()
 	}
-	failing := filepath.Join(base, "fail")
+	failing := filepath.Join(notes, "fail")
 	if text, err := os.ReadFile(failing); err == nil {
 		if n, _ := strconv.Atoi(strings.TrimSpace(string(text))); n > 0 {
-			if err := os.WriteFile(failing, []byte(strconv.Itoa(n-1)), 0o644); err != nil {
-				fail(err)
-			}
+			check(os.WriteFile(failing, []byte(strconv.Itoa(n-1)), 0o644))
 			record("failed")
 			fail(fmt.Errorf("failing as told"))
 		}
 	}
-	if err := os.MkdirAll(filepath.Join(base, "idm"), 0o755); err != nil {
-		fail(err)
-	}
+	check(os.MkdirAll(filepath.Join(base, "idm"), 0o755))
 	db, err := os.OpenFile(filepath.Join(base, "idm", "idm.boltdb"), os.O_RDWR|os.O_CREATE, 0o644)
-	if err != nil {
-		fail(err)
-	}
+	check(err)
+	defer db.Close() // not before, as a file that nobody needs any more would be
 	if err := syscall.Flock(int(db.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
 		record("locked out")
 		fail(err)
 	}
-	data, err := os.OpenFile(filepath.Join(base, "data"), os.O_APPEND|os.O_WRONLY|os.O_CREATE, 0o644)
-	if err != nil {
-		fail(err)
+	var work, stopped func()
+	if loaded {
+		j, err := load.Open(filepath.Join(notes, "journal"))
+		check(err)
+		check(j.Mark(load.Started))
+		check(os.WriteFile(filepath.Join(notes, "pid"), []byte(strconv.Itoa(os.Getpid())), 0o644))
+		work = func() { check(j.Change(filepath.Dir(base))) }
+		stopped = func() { check(j.Mark(load.Stopped)) }
+	} else {
+		data, err := os.OpenFile(filepath.Join(base, "data"), os.O_APPEND|os.O_WRONLY|os.O_CREATE, 0o644)
+		check(err)
+		work = func() { fmt.Fprintln(data, time.Now().UnixNano()) }
+		stopped = func() {}
 	}
+	halt(filepath.Join(notes, "halt-at-start"))
 	record("started")
-	mode, arg, _ := strings.Cut(os.Getenv("OCIS_TEST_MODE"), ":")
 	var end <-chan time.Time
-	tick := time.NewTicker(5 * time.Millisecond)
+	pause := 5 * time.Millisecond
+	if text := os.Getenv("OCIS_TEST_PAUSE"); text != "" {
+		pause, err = time.ParseDuration(text)
+		check(err)
+	}
+	tick := time.NewTicker(pause)
 	for {
 		select {
 		case <-tick.C:
-			fmt.Fprintln(data, time.Now().UnixNano())
+			work()
 			continue
 		case <-sig:
+			mode, arg, _ := strings.Cut(readOr(filepath.Join(notes, "mode"), os.Getenv("OCIS_TEST_MODE")), ":")
 			if mode == "ignore" {
 				continue
 			}
@@ -141,7 +163,33 @@ func server() {
 			continue
 		case <-end:
 		}
+		stopped()
 		record("stopped")
+		halt(filepath.Join(notes, "halt-at-stop"))
 		return
+	}
+}
+
+// halt halts the process whose id is in a file, once.
+func halt(file string) {
+	if text := readOr(file, ""); text != "" {
+		pid, err := strconv.Atoi(text)
+		check(err)
+		check(os.Remove(file))
+		check(syscall.Kill(pid, syscall.SIGSTOP))
+	}
+}
+
+// readOr is what is in a file, or, without one, the other text.
+func readOr(file, other string) string {
+	if text, err := os.ReadFile(file); err == nil {
+		return strings.TrimSpace(string(text))
+	}
+	return other
+}
+
+func check(err error) {
+	if err != nil {
+		fail(err)
 	}
 }
