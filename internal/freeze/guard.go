@@ -423,7 +423,8 @@ func (g *guard) linger(ctx context.Context) {
 		d = g.cfg.Recipe.StopTimeout
 	}
 	empty := 0
-	for deadline := time.Now().Add(d); time.Now().Before(deadline); time.Sleep(g.cfg.Tuning.LingerPoll) {
+	// One that seems down at the end is looked at until that is certain.
+	for deadline := time.Now().Add(d); empty > 0 || time.Now().Before(deadline); time.Sleep(g.cfg.Tuning.LingerPoll) {
 		if _, err := os.Lstat(g.files.record()); err == nil {
 			return // somebody has frozen it again
 		}
@@ -437,6 +438,7 @@ func (g *guard) linger(ctx context.Context) {
 		}
 		lock, err := lockInstance(g.files, string(g.cfg.BasePath))
 		if err != nil {
+			empty = 0
 			continue // if it is a backup, its record will show
 		}
 		g.note("the instance stopped after all, starting it")

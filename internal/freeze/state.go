@@ -566,7 +566,9 @@ func Forget(stateDir, base string) (Forgotten, error) {
 func awaitStop(ctx context.Context, f stateFiles, r Recipe, d time.Duration, run *Run) bool {
 	deadline := time.Now().Add(d)
 	for {
-		free := stopEnded(f.stop())
+		// Only a stop command can go on without anybody at the data. In all other ways the backup itself
+		// has the stop lock, also while it hangs.
+		free := r.Kind != KindCommand || stopEnded(f.stop())
 		if free {
 			u, err := Look(ctx, r.Paths, run.Except...)
 			free = err == nil && len(u.Holders) == 0
