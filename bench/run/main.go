@@ -4,6 +4,8 @@
 //	go build -o holdfast ./cmd/holdfast
 //	go run ./bench/run -files 20000 -bytes 4GB -scratch /var/tmp/bench -o docs/BENCHMARKS.md
 //
+// With -downtime it measures instead for how long the service is down: see downtime.go.
+//
 // All programs back up the same store in the same run. Before each timed backup the whole store is
 // read once, so that the page cache holds it if memory suffices, and what was written before is
 // flushed to the disk.
@@ -42,6 +44,7 @@ type options struct {
 	borg     bool
 	verify   bool
 	keep     bool
+	downtime bool
 	out      string
 }
 
@@ -73,6 +76,7 @@ func parse(args []string, stderr *os.File) (*options, error) {
 	f.BoolVar(&o.borg, "borg", false, "measure borg too")
 	f.BoolVar(&o.verify, "verify", true, "compare what was restored and check the repositories, outside the timing")
 	f.BoolVar(&o.keep, "keep", false, "leave repositories and restored files behind")
+	f.BoolVar(&o.downtime, "downtime", false, "measure for how long the service is down instead, on btrfs on a loop device; needs root")
 	f.StringVar(&o.out, "o", "", "Markdown file in which the section for these sizes is replaced or added")
 	if err := f.Parse(args); err != nil {
 		return nil, err
@@ -125,6 +129,9 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *os.File) 
 	o, err := parse(args, stderr)
 	if err != nil {
 		return err
+	}
+	if o.downtime {
+		return runDowntime(ctx, o, stdout, stderr)
 	}
 	b := &bench{ctx: ctx, o: o, log: stderr, costs: map[string]map[string][]measure.Cost{}, usage: map[string]map[string]usage{}}
 	if err := b.prepare(); err != nil {

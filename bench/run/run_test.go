@@ -3,9 +3,11 @@ package main
 import (
 	"bytes"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 )
 
 // TestRunWithRestic runs all steps on a small store, with stock restic alone.
@@ -101,6 +103,63 @@ func TestThousands(t *testing.T) {
 	for n, want := range map[int64]string{0: "0", 999: "999", 1000: "1\u202f000", 1234567: "1\u202f234\u202f567", -1000: "-1\u202f000", -100: "-100"} {
 		if got := thousands(n); got != want {
 			t.Errorf("%d is %q, want %q", n, got, want)
+		}
+	}
+}
+
+// TestDowntime measures on a small store, with the real programs, and leaves nothing mounted.
+func TestDowntime(t *testing.T) {
+	scratch := t.TempDir()
+	program := filepath.Join(scratch, "holdfast")
+	if out, err := exec.Command("go", "build", "-o", program, "github.com/holdfast-backup/holdfast/cmd/holdfast").CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	log, err := os.Create(filepath.Join(scratch, "log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer log.Close()
+	page := filepath.Join(scratch, "page.md")
+	args := []string{"-downtime", "-holdfast", program, "-files", "60", "-bytes", "500kB", "-n", "1", "-scratch", filepath.Join(scratch, "s"), "-o", page}
+	var out bytes.Buffer
+	if err := run(t.Context(), args, &out, log); err != nil {
+		said, _ := os.ReadFile(log.Name())
+		t.Fatalf("%v\n%s", err, said)
+	}
+	text := out.String()
+	for _, want := range []string{"## Downtime: 60 files, 500 kB", "| restic, service stopped |", "| holdfast, service stopped throughout |",
+		"| holdfast, warm copy |", "| holdfast, btrfs views |"} {
+		if !strings.Contains(text, want) {
+			t.Errorf("the report lacks %q:\n%s", want, text)
+		}
+	}
+	if saved, err := os.ReadFile(page); err != nil || !strings.Contains(string(saved), text) || strings.Contains(text, scratch) {
+		t.Errorf("the page holds something else, or a path of this machine: %v\n%s", err, saved)
+	}
+	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil || strings.Contains(string(mounts), scratch) {
+		t.Errorf("it is still mounted: %v", err)
+	}
+	// The store is kept for the next time, and a state that says that nothing was measured.
+	left, err := filepath.Glob(filepath.Join(scratch, "s/downtime-*/*"))
+	var names []string
+	for _, l := range left {
+		names = append(names, filepath.Base(l))
+	}
+	if err != nil || strings.Join(names, " ") != "image mnt state.json" {
+		t.Errorf("left behind: %q %v", names, err)
+	}
+}
+
+func TestParseSample(t *testing.T) {
+	good := `{"freeze":{"seconds_stopping":1,"seconds_held":2,"seconds_starting":3,"seconds_stopped":6},"proof":{"complete":true}}`
+	s, err := parseSample("{}\n"+good+"\n", 9*time.Second)
+	if want := (downSample{1, 2, 3, 6, 9}); err != nil || s != want {
+		t.Errorf("%+v, %v", s, err)
+	}
+	for _, bad := range []string{"", "x", "{}", strings.Replace(good, "true", "false", 1)} {
+		if _, err := parseSample(bad, 0); err == nil {
+			t.Errorf("%q: no error", bad)
 		}
 	}
 }
