@@ -636,6 +636,17 @@ func TestWrongSettings(t *testing.T) {
 	}
 }
 
+// TestDataOfAnotherProduct: data that no driver of the product at hand can have written.
+func TestDataOfAnotherProduct(t *testing.T) {
+	root := tempDir(t)
+	addInstance(t, filepath.Join(root, "var/lib/ocis"), filepath.Join(root, "etc/elsewhere"), ocis.OpenCloud)
+	addInstance(t, filepath.Join(root, "elsewhere"), filepath.Join(root, "etc/ocis"), ocis.OCIS)
+	write(t, root, map[string]string{"etc/systemd/system/ocis.service": "[Service]\nExecStart=/usr/bin/ocis server\n"})
+	o := quiet(root)
+	o.NoSizes, o.Unit = true, "ocis.service"
+	wantError(t, o, "STORAGE_USERS_DRIVER", "storage/users holds data of the driver decomposed, which ocis does not have")
+}
+
 func TestBrokenYAMLIsSkipped(t *testing.T) {
 	for _, broken := range []string{"storage_users:\n  driver: posix\n bad: x\n", "a: 1\na: 2\n", "a: *nope\n", "- list\n", "\tx: 1\n"} {
 		root := tempDir(t)

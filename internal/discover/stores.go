@@ -251,6 +251,7 @@ func (b *builder) userStoreByDisk(cfg *config, name, rel string) (*store, error)
 		names = []string{"decomposed", "decomposeds3", "ocis", "s3ng", "posix"}
 	}
 	var fallback *store
+	var foreign *SettingError
 	for _, n := range names {
 		d, _ := driverOf(cfg.product, n)
 		rv, err := cfg.get(d.field("ROOT", "root"))
@@ -268,6 +269,9 @@ func (b *builder) userStoreByDisk(cfg *config, name, rel string) (*store, error)
 		is := b.driverByDisk(st.probe, driver{})
 		if st.probe.looksLikeRoot() || st.probe.posix {
 			if is.kind != d.kind {
+				foreign = &SettingError{Setting: "STORAGE_USERS_DRIVER",
+					Problem: fmt.Sprintf("is not set, and %s holds data of the driver %s, which %s does not have", st.Root, is.name, cfg.product),
+					Hint:    "Is the data that of this server? Name the right container, unit or configuration, or set the driver there."}
 				continue
 			}
 			if d.s3 {
@@ -280,6 +284,9 @@ func (b *builder) userStoreByDisk(cfg *config, name, rel string) (*store, error)
 		if fallback == nil || st.probe.exists && !fallback.probe.exists || n == b.defaultDriver() && st.probe.exists == fallback.probe.exists {
 			fallback = st
 		}
+	}
+	if fallback == nil {
+		return nil, foreign
 	}
 	return fallback, nil
 }

@@ -98,7 +98,12 @@ func warn(run *Run, u Usage) {
 // lookTwice proves that nothing holds paths, now and a moment later, and that nothing changes in
 // between. It returns what it found first.
 func lookTwice(ctx context.Context, paths []string, run *Run) (Usage, error) {
-	u, err := Look(ctx, paths, run.Except...)
+	look := func() (Usage, error) {
+		u, err := Look(ctx, paths, run.Except...)
+		u.Holders = slices.DeleteFunc(u.Holders, func(h Holder) bool { return !h.Writing && isHoldfast(h.PID) })
+		return u, err
+	}
+	u, err := look()
 	if err != nil || len(u.Holders) > 0 {
 		return u, err
 	}
@@ -106,7 +111,7 @@ func lookTwice(ctx context.Context, paths []string, run *Run) (Usage, error) {
 	if !sleep(ctx, settlePause) {
 		return u, context.Cause(ctx)
 	}
-	if u, err = Look(ctx, paths, run.Except...); err != nil || len(u.Holders) > 0 {
+	if u, err = look(); err != nil || len(u.Holders) > 0 {
 		return u, err
 	}
 	after := fingerprint(paths)
@@ -117,6 +122,17 @@ func lookTwice(ctx context.Context, paths []string, run *Run) (Usage, error) {
 		}
 	}
 	return u, nil
+}
+
+// isHoldfast tells whether a process runs this very program: such as another backup of the instance,
+// which reads as much as it can before it finds out that it must wait.
+func isHoldfast(pid int) bool {
+	ours, err := os.Stat("/proc/self/exe")
+	if err != nil || pid <= 0 {
+		return false
+	}
+	theirs, err := os.Stat(fmt.Sprintf("/proc/%d/exe", pid))
+	return err == nil && os.SameFile(ours, theirs)
 }
 
 // fileMark changes with whatever is done to a file.

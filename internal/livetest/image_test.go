@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/holdfast-backup/holdfast/internal/freeze/freezetest"
+	"github.com/holdfast-backup/holdfast/internal/ocis"
 )
 
 // TestSaveImage: the image that a backup saves is one that the engine takes in again, as it was.
@@ -16,7 +17,7 @@ func TestSaveImage(t *testing.T) {
 	e := freezetest.TheEngine(t)
 	const name = "owncloud/ocis:saved"
 	id := e.Import(t, name)
-	k := newCloud(t, "")
+	k := newCloudOf(t, "", ocis.PrefixOCIS) // as the image says
 	k.container(t, freezetest.Spec{Name: "saved", Image: name, Command: []string{"ocis", "server"}})
 	r := k.must(k.backup("--freeze docker:saved --container saved --save-image"))
 	r.wantComplete("docker", "none")

@@ -19,6 +19,7 @@ import (
 	"github.com/holdfast-backup/holdfast/internal/backend/local"
 	"github.com/holdfast-backup/holdfast/internal/freeze/auto"
 	"github.com/holdfast-backup/holdfast/internal/freeze/freezetest"
+	"github.com/holdfast-backup/holdfast/internal/ocis"
 	"github.com/holdfast-backup/holdfast/internal/repo"
 	"github.com/holdfast-backup/holdfast/internal/storegen"
 )
@@ -79,6 +80,12 @@ type cloud struct {
 // newCloud makes an instance in dir, which is missing or empty; "" is a temporary directory.
 func newCloud(t *testing.T, dir string) *cloud {
 	t.Helper()
+	return newCloudOf(t, dir, ocis.PrefixOpenCloud)
+}
+
+// newCloudOf makes one with the names of attributes of another product.
+func newCloudOf(t *testing.T, dir, prefix string) *cloud {
+	t.Helper()
 	tmp, err := filepath.EvalSymlinks(t.TempDir())
 	if err != nil {
 		t.Fatal(err)
@@ -86,7 +93,7 @@ func newCloud(t *testing.T, dir string) *cloud {
 	if dir == "" {
 		dir = filepath.Join(tmp, "inst")
 	}
-	if _, err := storegen.Generate(t.Context(), storegen.Options{Dir: dir, Seed: 7, Files: 60, Bytes: 1 << 20, Spaces: 3}); err != nil {
+	if _, err := storegen.Generate(t.Context(), storegen.Options{Dir: dir, Seed: 7, Files: 60, Bytes: 1 << 20, Spaces: 3, Prefix: prefix}); err != nil {
 		t.Fatal(err)
 	}
 	notes := filepath.Join(tmp, "notes")
