@@ -56,7 +56,7 @@ func instanceOf(dir, name string) *ocis.Instance {
 func newRepo(t testing.TB) (*repo.Repository, string) {
 	t.Helper()
 	dir := filepath.Join(t.TempDir(), "repo")
-	r, err := repo.Init(t.Context(), local.New(dir), "pw", repo.InitOptions{})
+	r, err := repo.Init(t.Context(), local.New(dir), "pw", repo.InitOptions{KDF: repo.KDF{N: 1024, R: 8, P: 1}})
 	if err != nil {
 		t.Fatal(err)
 	}
