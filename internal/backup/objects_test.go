@@ -460,7 +460,7 @@ func (g *rig) proxy(before func(w http.ResponseWriter, r *http.Request, kind str
 		g.t.Fatal(err)
 	}
 	c := &counter{counts: map[string]int{}, before: before}
-	p := &httputil.ReverseProxy{Director: func(r *http.Request) { r.URL.Scheme, r.URL.Host = u.Scheme, u.Host }}
+	p := &httputil.ReverseProxy{Rewrite: func(r *httputil.ProxyRequest) { r.Out.URL.Scheme, r.Out.URL.Host = u.Scheme, u.Host }}
 	c.Server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		kind := kindOf(r)
 		c.mu.Lock()

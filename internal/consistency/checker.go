@@ -39,13 +39,13 @@ type storeCheck struct {
 
 // spaceInfo is what the root of a space says, as the indexes need it.
 type spaceInfo struct {
-	root     string // below the store's root
-	id, node string
-	kind     string
-	owner    string
-	alias    string
-	members  []string // "u:<id>" or "g:<id>", grants of the root
-	known    bool     // its metadata was read
+	root    string // below the store's root
+	id      string
+	kind    string
+	owner   string
+	alias   string
+	members []string // "u:<id>" or "g:<id>", grants of the root
+	known   bool     // its metadata was read
 }
 
 // unit is a part of the check that is looked at as a whole, and a second time if the instance runs.

@@ -133,7 +133,7 @@ func TestAbortedParts(t *testing.T) {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	proxy := httputil.NewSingleHostReverseProxy(u)
+	proxy := &httputil.ReverseProxy{Rewrite: func(r *httputil.ProxyRequest) { r.Out.URL.Scheme, r.Out.URL.Host = u.Scheme, u.Host }}
 	front := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Query().Get("partNumber") == "2" {
 			cancel()
@@ -141,7 +141,6 @@ func TestAbortedParts(t *testing.T) {
 		proxy.ServeHTTP(w, r)
 	}))
 	defer front.Close()
-	proxy.Director = func(r *http.Request) { r.URL.Scheme, r.URL.Host = u.Scheme, u.Host }
 	o := srv.Options()
 	o.Endpoint = front.URL
 	be := open(t, o, bs3.Options{Bucket: bucket, PartsFrom: 6 << 20})

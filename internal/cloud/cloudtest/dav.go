@@ -310,7 +310,8 @@ func (s *Server) put(w http.ResponseWriter, r *http.Request, d *drive, parent *n
 	w.WriteHeader(status)
 }
 
-var errSum = errors.New("The computed checksum does not match the one received from the client.") //nolint:staticcheck // the server's words
+//lint:ignore ST1005 these are the server's words
+var errSum = errors.New("The computed checksum does not match the one received from the client.")
 
 // store does what ends every upload.
 func (s *Server) store(d *drive, parent *node, name string, data []byte, mtime time.Time, want, noneMatch string) (int, error) {
