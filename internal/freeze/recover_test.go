@@ -278,3 +278,20 @@ func TestBusyMerged(t *testing.T) {
 		t.Errorf("%d times: %v", n, err)
 	}
 }
+
+// A clock that was set while an instance was frozen makes nobody wait for it.
+func TestStopPatience(t *testing.T) {
+	began := time.Date(2026, 3, 4, 5, 6, 7, 0, time.UTC)
+	for name, c := range map[string]struct{ passed, want time.Duration }{
+		"at once":    {0, time.Minute},
+		"some time":  {20 * time.Second, 40 * time.Second},
+		"long ago":   {time.Hour, 0},
+		"set back":   {-24 * time.Hour, time.Minute},
+		"set ahead":  {24 * time.Hour, 0},
+		"a lot back": {-290 * 365 * 24 * time.Hour, time.Minute},
+	} {
+		if got := stopPatience(began, began.Add(c.passed), time.Minute); got != c.want {
+			t.Errorf("%s: %s, want %s", name, got, c.want)
+		}
+	}
+}

@@ -463,7 +463,7 @@ func recoverLocked(ctx context.Context, f stateFiles, s state, sink progress.Sin
 	}
 	if boot, _, err := whereAmI(); err == nil && boot == s.Owner.Boot && !s.Reported {
 		// What the dead ones began may still be under way.
-		awaitStop(ctx, f, s.Recipe, time.Until(s.Since.Add(s.Recipe.StopTimeout)), run)
+		awaitStop(ctx, f, s.Recipe, stopPatience(s.Since, time.Now(), s.Recipe.StopTimeout), run)
 	}
 	if ok, err := running(false); ok {
 		return done, err
@@ -559,6 +559,12 @@ func Forget(stateDir, base string) (Forgotten, error) {
 	}
 	defer lock.release()
 	return gone, f.files.remove()
+}
+
+// stopPatience is how long a stop that began at since may still take. The clock may have been set since
+// then, which must not make it longer than the whole.
+func stopPatience(since, now time.Time, timeout time.Duration) time.Duration {
+	return min(max(since.Add(timeout).Sub(now), 0), timeout)
 }
 
 // awaitStop waits for a stop that somebody else began: until its commands have ended, and nobody
