@@ -101,7 +101,7 @@ func (t *tally) tests(pattern string, packages []string) {
 	value := filepath.Base(tmp)
 	env := append(os.Environ(), "TMPDIR="+tmp, mark+"="+value)
 
-	args := []string{"test", "-race", "-json", "-timeout", "15m", "-count=1"}
+	args := []string{"test", "-race", "-json", "-timeout", "30m", "-count=1"}
 	if pattern != "" {
 		args = append(args, "-run", pattern)
 	}
@@ -132,7 +132,7 @@ func (t *tally) tests(pattern string, packages []string) {
 }
 
 // maxAgain is how many packages may have a second chance; more is no accident.
-const maxAgain = 2
+const maxAgain = 4
 
 // goTest runs go test and counts what it says.
 func (t *tally) goTest(env, args []string) {
