@@ -161,7 +161,9 @@ func (c *capturer) plainSet(ctx context.Context, i int, name string) (top *snaps
 		if old != nil && !c.opts.FullScan {
 			if f := old.files[e.path]; f != nil && f.size == e.size && f.mtime == e.mtime && f.ctime == e.ctime && c.hasAll(f.ids) {
 				setContent(n, content{ids: f.ids, size: f.size, holes: f.holes})
+				c.mu.Lock() // others are being read meanwhile
 				next.files[e.path] = f
+				c.mu.Unlock()
 				return nil
 			}
 		}
