@@ -41,6 +41,8 @@ type app struct {
 
 	// held is true from before the instance is stopped until it was started again.
 	held atomic.Bool
+	// cut is true once nobody reads the standard output any more.
+	cut atomic.Bool
 	// passOn gets the signals while a program of the user runs, instead of this one.
 	passOn atomic.Pointer[func(os.Signal)]
 }
@@ -86,6 +88,9 @@ func (a *app) run(args []string) int {
 	}
 	code := exitCode(err)
 	a.ui.Close()
+	if a.cut.Load() && errors.Is(err, syscall.EPIPE) {
+		return exitPipe // whoever read the list has seen enough
+	}
 	a.ui.Error(err, code)
 	return code
 }
@@ -249,7 +254,7 @@ func flagNames(root *cobra.Command) map[string][]string {
 
 // show makes the display that the settings ask for.
 func (a *app) show() {
-	o := ui.Options{Out: a.out, Err: a.err, JSON: a.opt.json, Quiet: a.opt.quiet, Verbose: a.opt.verbose}
+	o := ui.Options{Out: &pipe{a.out, &a.cut}, Err: a.err, JSON: a.opt.json, Quiet: a.opt.quiet, Verbose: a.opt.verbose}
 	if f, ok := a.err.(*os.File); ok && term.IsTerminal(int(f.Fd())) {
 		if t, _ := a.getenv("TERM"); t != "dumb" {
 			o.Width = func() int {
@@ -264,10 +269,27 @@ func (a *app) show() {
 	a.ui = ui.New(o)
 }
 
+// pipe notes that nobody reads any more what is written.
+type pipe struct {
+	w   io.Writer
+	cut *atomic.Bool
+}
+
+func (p *pipe) Write(b []byte) (int, error) {
+	n, err := p.w.Write(b)
+	if errors.Is(err, syscall.EPIPE) {
+		p.cut.Store(true)
+	}
+	return n, err
+}
+
 // signals returns a context that SIGINT, SIGTERM and SIGHUP cancel. A further signal ends the
 // program at once, except while the instance is held: then it must be started again first.
 func (a *app) signals() (context.Context, func()) {
 	ctx, cancel := context.WithCancelCause(context.Background())
+	// A pipe that is closed, as by head, is an error of a write and not the end of the program: it would
+	// leave its lock in the repository, or the instance to its guard.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
 	var catch []os.Signal
 	for _, s := range []os.Signal{os.Interrupt, syscall.SIGTERM, syscall.SIGHUP} {
 		if !signal.Ignored(s) { // started by nohup, or in the background

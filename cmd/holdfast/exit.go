@@ -23,6 +23,7 @@ const (
 	exitLocked        = 11
 	exitWrongPassword = 12
 	exitInterrupted   = 130
+	exitPipe          = 141 // as of a program that SIGPIPE ended; nothing is wrong
 )
 
 // exitTable is the one place that says what the codes mean; help and man pages are made from it.

@@ -97,12 +97,17 @@ func (b *Backend) do(ctx context.Context, op string, h backend.Handle, fn func(c
 		}
 		return err
 	}
-	var cut *time.Timer
-	stop := context.AfterFunc(ctx, func() { cut = time.AfterFunc(patience, s.kill) })
+	done := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		select {
+		case <-time.After(patience):
+			s.kill()
+		case <-done:
+		}
+	})
 	err = fn(s.client)
-	if !stop() && cut != nil {
-		cut.Stop()
-	}
+	close(done)
+	stop()
 	return b.explain(ctx, s, op, h, err)
 }
 
