@@ -151,7 +151,7 @@ or holdfast thaw; holdfast status tells about it.
 		a.checkCommand(), a.consistencyCommand(), a.keyCommand(), a.unlockCommand(), a.discoverCommand(),
 		a.viewsCommand(), a.withViewCommand(), a.overlayVerbCommand(),
 		a.forgetCommand(), a.pruneCommand(), a.tagCommand(), a.statsCommand(), a.copyCommand(),
-		a.statusCommand(), a.thawCommand(), a.versionCommand(), a.generateCommand(),
+		a.drillCommand(), a.statusCommand(), a.thawCommand(), a.versionCommand(), a.generateCommand(),
 	)
 	root.InitDefaultHelpCmd()
 	return root

@@ -9,6 +9,7 @@ import (
 	"os"
 	"runtime/debug"
 
+	"github.com/holdfast-backup/holdfast/internal/drill"
 	"github.com/holdfast-backup/holdfast/internal/freeze"
 	"github.com/holdfast-backup/holdfast/internal/freeze/auto"
 )
@@ -17,6 +18,7 @@ func main() {
 	auto.Register() // a guard, and thaw, must know how to start what another way has stopped
 	// A second copy of this program that holds the promise to start the instance never returns.
 	freeze.MaybeGuard()
+	drill.MaybeJail() // the first process around the server of a drill
 	// Buffers are pooled and bounded, so little is garbage; collecting earlier than Go's default of 100
 	// keeps a backup of any size below 300 MiB at no measurable cost of time.
 	if os.Getenv("GOGC") == "" {

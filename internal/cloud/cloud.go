@@ -42,6 +42,8 @@ type Options struct {
 	Insecure bool
 	// PlainHTTP allows a URL without TLS to another machine. To this one it is always allowed.
 	PlainHTTP bool
+	// Dial makes all connections, if given, in place of the network.
+	Dial func(ctx context.Context, network, addr string) (net.Conn, error)
 	// OnlyLoopback refuses to connect to anything but this machine.
 	OnlyLoopback bool
 	// Timeout is how long nothing may move on a connection; zero is 60 s. Three times as long is
@@ -115,6 +117,9 @@ func New(o Options) (*Client, error) {
 		return nil, errors.New("no certificate in PEM was found among those to trust")
 	}
 	dial := (&net.Dialer{Timeout: o.Timeout, KeepAlive: 30 * time.Second}).DialContext
+	if o.Dial != nil {
+		dial = o.Dial
+	}
 	t := &http.Transport{
 		DialContext:         dial,
 		TLSClientConfig:     &tls.Config{RootCAs: pool, InsecureSkipVerify: o.Insecure, MinVersion: tls.VersionTLS12},
@@ -124,7 +129,7 @@ func New(o Options) (*Client, error) {
 		// Bodies are compared with what was stored: they must come as they are.
 		DisableCompression: true,
 	}
-	if !loopback(u.Hostname()) {
+	if !loopback(u.Hostname()) && o.Dial == nil {
 		t.Proxy = http.ProxyFromEnvironment
 	}
 	if o.OnlyLoopback {

@@ -17,7 +17,7 @@ const module = "github.com/holdfast-backup/holdfast/"
 // steps are the parts of the flow. They do not import one another; backup and cmd know them all.
 var steps = []string{
 	"internal/discover", "internal/freeze", "internal/fssnap", "internal/source", "internal/capture",
-	"internal/restore", "internal/browse", "internal/verify", "internal/compare", "internal/drill", "internal/retention", "internal/consistency", "internal/live",
+	"internal/restore", "internal/browse", "internal/verify", "internal/compare", "internal/retention", "internal/consistency", "internal/live",
 }
 
 // nouns import nothing of ours.
@@ -27,7 +27,7 @@ var nouns = []string{"internal/ocis", "internal/progress", "internal/repo/id", "
 var testHelpers, testHelperUsers = []string{"internal/testfixture"}, []string{"internal/demo", "bench", "internal/testfixture"}
 
 // outer are the outermost parts: only cmd imports them.
-var outer = []string{"internal/ui", "internal/settings", "internal/backup", "internal/maintain", "internal/daemon"}
+var outer = []string{"internal/ui", "internal/settings", "internal/backup", "internal/maintain", "internal/drill", "internal/daemon"}
 
 // within reports whether pkg is one of the list or below one of it.
 func within(pkg string, list ...string) bool {

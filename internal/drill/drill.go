@@ -1,0 +1,767 @@
+// Package drill proves that a snapshot comes back: it restores it into a scratch directory, checks the
+// result, starts the server's own program on it in a jail, and asks that server for what the snapshot
+// promises. What comes out is a Report, which Sign makes into something to keep.
+//
+// Run tells the order. The server runs in namespaces of its own (jail.go): its network has nothing but a
+// loopback, so no traffic leaves, its ports clash with nobody's, and all of it ends with its first
+// process; it sees the machine's files read-only and the original data not at all. compare.go asks it.
+package drill
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-backup/holdfast/internal/browse"
+	"github.com/holdfast-backup/holdfast/internal/cloud"
+	"github.com/holdfast-backup/holdfast/internal/consistency"
+	"github.com/holdfast-backup/holdfast/internal/ocis"
+	"github.com/holdfast-backup/holdfast/internal/progress"
+	"github.com/holdfast-backup/holdfast/internal/repo"
+	"github.com/holdfast-backup/holdfast/internal/restore"
+	"github.com/holdfast-backup/holdfast/internal/snapshot"
+	"github.com/holdfast-backup/holdfast/internal/statedir"
+)
+
+// Options of a drill. Scratch is needed.
+type Options struct {
+	// Scratch is a directory with room for the whole instance. What is put there is removed at the end.
+	Scratch string
+	// Program is the server's program; "" is the one in the snapshot.
+	Program string
+	// NoServer leaves out the server.
+	NoServer bool
+	// Spaces is how many spaces the server is asked for, chosen by chance; 0 is all.
+	Spaces int
+	// StartTimeout is how long the server may take to be ready; 0 is 5 min.
+	StartTimeout time.Duration
+	// ReadData compares the checksums of all contents on disk, not of a sample.
+	ReadData bool
+	Version  string // of Holdfast
+	Progress progress.Sink
+}
+
+// Report says what was tested, and what came of it.
+type Report struct {
+	Holdfast       string    `json:"holdfast"`
+	Host           string    `json:"host"`
+	Began          time.Time `json:"began"`
+	Ended          time.Time `json:"ended"`
+	Repository     string    `json:"repository"` // its id
+	Snapshot       string    `json:"snapshot"`
+	Product        string    `json:"product"`
+	ProductVersion string    `json:"product_version"`
+	// RecoversTo is the moment that this snapshot brings back; Newest that of the newest complete snapshot
+	// of the same instance, whose id is NewestSnapshot.
+	RecoversTo     time.Time  `json:"recovers_to"`
+	Newest         *time.Time `json:"newest,omitempty"`
+	NewestSnapshot string     `json:"newest_snapshot,omitempty"`
+	// Complete is what the snapshot says about itself; Missing counts what it says is missing.
+	Complete bool `json:"complete"`
+	Missing  int  `json:"missing"`
+
+	Restore     RestoreReport     `json:"restore"`
+	Consistency ConsistencyReport `json:"consistency"`
+	Server      ServerReport      `json:"server"`
+
+	// RealSeconds is how long it would take until the server runs again, at the speed of this drill.
+	RealSeconds float64 `json:"real_seconds"`
+	// Passed is true if nothing that was tested was wrong. Tested names the last step that was reached:
+	// restore, consistency or server.
+	Passed bool   `json:"passed"`
+	Tested string `json:"tested"`
+}
+
+// RestoreReport is the first part of a drill.
+type RestoreReport struct {
+	Seconds  float64  `json:"seconds"`
+	Files    int64    `json:"files"`
+	Bytes    int64    `json:"bytes"`
+	Warnings []string `json:"warnings"`
+}
+
+// ConsistencyReport is the second.
+type ConsistencyReport struct {
+	*consistency.Summary
+	// Findings are the first maxDifferences findings of damage.
+	Findings []consistency.Finding `json:"findings"`
+}
+
+// ServerReport is the third.
+type ServerReport struct {
+	// NotRun says why the server was not asked; "" if it was.
+	NotRun       string        `json:"not_run,omitempty"`
+	Program      string        `json:"program,omitempty"` // "snapshot", or the path given
+	Version      string        `json:"version,omitempty"`
+	StartSeconds float64       `json:"start_seconds,omitempty"`
+	Spaces       []SpaceReport `json:"spaces"`
+	Differences  int64         `json:"differences"`
+}
+
+// nobody is the user of the server in a jail that root makes: what comes out of a repository gets no rights.
+const nobody = 65534
+
+// A scratch directory has a lock that its drill holds, by which what killed ones left is known.
+const (
+	scratchPrefix = "holdfast-drill-"
+	lockName      = ".holdfast-drill.lock"
+)
+
+// Run does a drill. The report counts also where it failed, and is nil only if there was nothing to test.
+//
+// Errors: of the repository and the scratch directory; the cause of ctx. What is wrong with the snapshot is
+// in the report.
+func Run(ctx context.Context, r *repo.Repository, list []*snapshot.Snapshot, sn *snapshot.Snapshot, o Options) (rep *Report, err error) {
+	o.StartTimeout = cmp.Or(o.StartTimeout, 5*time.Minute)
+	view, err := browse.Open(ctx, r, sn)
+	if err != nil {
+		return nil, err
+	}
+	m := view.Manifest()
+	host, _ := os.Hostname()
+	rep = &Report{
+		Holdfast: o.Version, Host: host, Began: time.Now().UTC(), Repository: r.ID(), Snapshot: sn.ID().String(),
+		Product: m.Product, ProductVersion: m.ProductVersion, RecoversTo: moment(sn, m).UTC(),
+		Complete: m.Proof.Complete, Missing: len(m.Proof.Missing), Server: ServerReport{Spaces: []SpaceReport{}},
+	}
+	newest(ctx, r, list, sn, rep)
+	scratch, done, err := makeScratch(o.Scratch, o.Progress)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if derr := done(); derr != nil {
+			err = errors.Join(err, fmt.Errorf("the scratch directory could not be removed: %w", derr))
+		}
+		rep.Ended = time.Now().UTC()
+	}()
+
+	// 1. Restore.
+	p := newPlaces(m, scratch)
+	if err := p.restore(ctx, r, sn, rep, o); err != nil {
+		return rep, err
+	}
+	rep.Tested = "restore"
+
+	if err := p.dropIDCache(); err != nil {
+		return rep, err
+	}
+
+	// 2. Consistency.
+	if err := p.check(ctx, rep, o); err != nil {
+		return rep, err
+	}
+	rep.Tested = "consistency"
+	rep.RealSeconds = rep.Restore.Seconds
+	rep.Passed = rep.Complete && rep.Consistency.Damage == 0
+
+	// 3. Server.
+	program, why, err := p.program(ctx, r, view, rep, o)
+	if err != nil {
+		return rep, err
+	}
+	if why != "" {
+		rep.Server.NotRun = why
+		return rep, nil
+	}
+	if err := p.ask(ctx, view, program, rep, o); err != nil {
+		rep.Passed = false
+		return rep, err
+	}
+	rep.RealSeconds += rep.Server.StartSeconds
+	// A server that did not get ready counts as a difference.
+	rep.Passed = rep.Passed && rep.Server.Differences == 0
+	if rep.Server.NotRun == "" {
+		rep.Tested = "server"
+	}
+	return rep, nil
+}
+
+// moment is when the data of a snapshot stood still.
+func moment(sn *snapshot.Snapshot, m *snapshot.Manifest) time.Time {
+	for _, v := range m.Views {
+		if v.MadeAt != nil {
+			return *v.MadeAt
+		}
+	}
+	if m.Freeze.StoppedAt != nil {
+		return *m.Freeze.StoppedAt
+	}
+	return sn.Time
+}
+
+// newest finds the newest complete snapshot of the same instance.
+func newest(ctx context.Context, r *repo.Repository, list []*snapshot.Snapshot, sn *snapshot.Snapshot, rep *Report) {
+	own := snapshot.Own(list)
+	slices.SortFunc(own, func(a, b *snapshot.Snapshot) int { return b.Time.Compare(a.Time) })
+	for _, s := range own {
+		if s.Hostname != sn.Hostname || !slices.Equal(s.Paths, sn.Paths) || s.Tree == nil {
+			continue
+		}
+		if m, err := snapshot.LoadManifest(ctx, r, *s.Tree); err == nil && m.Proof.Complete {
+			t := moment(s, m).UTC()
+			rep.Newest, rep.NewestSnapshot = &t, s.ID().String()
+			return
+		}
+	}
+}
+
+// makeScratch removes what killed drills left, and makes a directory for this one.
+func makeScratch(dir string, sink progress.Sink) (path string, done func() error, err error) {
+	if dir, err = filepath.Abs(dir); err != nil {
+		return "", nil, err
+	}
+	old, err := filepath.Glob(filepath.Join(dir, scratchPrefix+"*"))
+	if err != nil {
+		return "", nil, err
+	}
+	for _, d := range old {
+		f, err := os.OpenFile(filepath.Join(d, lockName), os.O_RDWR|unix.O_NOFOLLOW, 0)
+		if err != nil {
+			continue // not one of ours
+		}
+		if statedir.TryFlock(f) == nil {
+			sink.Emit(progress.Event{Kind: progress.Info, Phase: "restore", Item: d, Message: "removing what a drill that was killed has left"})
+			if err := removeAll(d); err != nil {
+				f.Close()
+				return "", nil, fmt.Errorf("what a drill that was killed has left cannot be removed: %w", err)
+			}
+		}
+		f.Close()
+	}
+	if path, err = os.MkdirTemp(dir, scratchPrefix); err != nil {
+		return "", nil, fmt.Errorf("the scratch directory: %w", err)
+	}
+	// The lock first: a directory without one stays for ever.
+	lock, err := statedir.Lock(filepath.Join(path, lockName))
+	if err != nil {
+		os.Remove(path)
+		return "", nil, fmt.Errorf("the scratch directory: %w", err)
+	}
+	return path, func() error {
+		defer lock.Close()
+		return removeAll(path)
+	}, nil
+}
+
+// removeAll is os.RemoveAll also for directories that their owner may not write into. The lock goes last,
+// so that what a kill leaves is known.
+func removeAll(dir string) error {
+	list, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	for _, d := range list {
+		if d.Name() == lockName {
+			continue
+		}
+		p := filepath.Join(dir, d.Name())
+		if os.RemoveAll(p) == nil {
+			continue
+		}
+		_ = filepath.WalkDir(p, func(q string, e fs.DirEntry, err error) error {
+			if e != nil && e.IsDir() {
+				_ = os.Chmod(q, 0o700)
+			}
+			return nil // RemoveAll tells what is wrong
+		})
+		if err := os.RemoveAll(p); err != nil {
+			return err
+		}
+	}
+	return os.RemoveAll(dir)
+}
+
+// places are where the parts of the instance lie in the scratch directory.
+type places struct {
+	m       *snapshot.Manifest
+	scratch string
+	maps    []restore.PathMap // longest first
+	uid     int               // of the server in the jail; -1 is ours
+}
+
+func newPlaces(m *snapshot.Manifest, scratch string) *places {
+	p := &places{m: m, scratch: scratch, uid: -1}
+	if os.Geteuid() == 0 {
+		p.uid = nobody
+	}
+	add := func(from, to string) {
+		if from != "" && !slices.ContainsFunc(p.maps, func(x restore.PathMap) bool { return x.From == from }) {
+			p.maps = append(p.maps, restore.PathMap{From: from, To: filepath.Join(scratch, to)})
+		}
+	}
+	add(m.BasePath, "data")
+	if !within(m.ConfigDir, m.BasePath) || m.BasePath == "" {
+		add(m.ConfigDir, "config")
+	}
+	for i, d := range m.DataSets {
+		if p.to(d.Path) == "" {
+			add(d.Path, fmt.Sprintf("other/%d", i))
+		}
+	}
+	return p
+}
+
+// to is where a path of the instance lies in the scratch directory; "" if it is not there.
+func (p *places) to(path string) string {
+	best, out := "", ""
+	for _, x := range p.maps {
+		if within(path, x.From) && len(x.From) >= len(best) {
+			best, out = x.From, filepath.Join(x.To, strings.TrimPrefix(path, x.From))
+		}
+	}
+	return out
+}
+
+func (p *places) restore(ctx context.Context, r *repo.Repository, sn *snapshot.Snapshot, rep *Report, o Options) error {
+	ro := restore.Options{Map: p.maps, Progress: o.Progress, BasePath: p.to(p.m.BasePath), ConfigDir: p.to(p.m.ConfigDir)}
+	for _, st := range p.m.Stores {
+		if st.Bucket == nil {
+			continue
+		}
+		if st.Bucket.Way != snapshot.WayCopy {
+			return fmt.Errorf("the contents of store %q are not in the repository but in a bucket (way %s): a drill needs them in the repository", st.Name, st.Bucket.Way)
+		}
+		// Into files, never into a bucket.
+		if ro.Objects == nil {
+			ro.Objects = map[string]*restore.Objects{}
+		}
+		ro.Objects[st.Name] = &restore.Objects{}
+	}
+	ro.Owner = &restore.Owner{UID: os.Geteuid(), GID: os.Getegid()}
+	if p.uid >= 0 {
+		ro.Owner = &restore.Owner{UID: p.uid, GID: p.uid}
+	}
+	plan, err := restore.MakePlan(ctx, r, sn, ro)
+	if err != nil {
+		return err
+	}
+	// Whatever the manifest says: nothing is written anywhere else.
+	for _, path := range plan.Paths() {
+		if !within(path, p.scratch) {
+			return fmt.Errorf("the snapshot has data at %q that would be restored outside of the scratch directory", path)
+		}
+	}
+	start := time.Now()
+	res, err := restore.Run(ctx, r, plan)
+	rep.Restore.Seconds = time.Since(start).Seconds()
+	rep.Restore.Warnings = append([]string{}, plan.Warnings...)
+	if res != nil {
+		rep.Restore.Warnings = append(rep.Restore.Warnings, res.Warnings...)
+		for _, d := range res.DataSets {
+			rep.Restore.Files += d.Files
+			rep.Restore.Bytes += d.Bytes
+		}
+	}
+	return err
+}
+
+// dropIDCache removes the posix driver's map of absolute paths to ids: the files lie elsewhere now, and the
+// server makes it anew.
+func (p *places) dropIDCache() error {
+	if !slices.ContainsFunc(p.m.Stores, func(s snapshot.Store) bool { return s.Layout == string(ocis.Posix) }) {
+		return nil
+	}
+	for _, d := range p.m.DataSets {
+		dir := p.to(d.Path)
+		if d.Name != "nats" || dir == "" {
+			continue
+		}
+		root, err := os.OpenRoot(filepath.Join(dir, "jetstream", "$G", "streams"))
+		if err != nil {
+			return nil //nolint:nilerr // no event store, or not that kind
+		}
+		defer root.Close()
+		list, err := fs.ReadDir(root.FS(), ".")
+		if err != nil {
+			return err
+		}
+		for _, e := range list {
+			if strings.HasPrefix(e.Name(), "KV_ids-") {
+				if err := root.RemoveAll(e.Name()); err != nil {
+					return err
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// local is the driver that keeps in files what the store's own one keeps in a bucket; "" if the snapshot
+// does not have the contents.
+func local(st snapshot.Store) string {
+	to, away := map[string]string{"s3ng": "ocis", "decomposed_s3": "decomposed", "decomposeds3": "decomposed"}[st.Driver]
+	switch {
+	case !away:
+		return st.Driver
+	case st.Bucket != nil && st.Bucket.Way == snapshot.WayCopy:
+		return to
+	}
+	return ""
+}
+
+func (p *places) check(ctx context.Context, rep *Report, o Options) error {
+	var stores []consistency.Store
+	for _, st := range p.m.Stores {
+		dir := p.to(st.Root)
+		if dir == "" {
+			return fmt.Errorf("the store %q at %q is in none of the snapshot's data sets", st.Name, st.Root)
+		}
+		d, err := consistency.OpenDir(dir, st.Layout, st.Prefix)
+		if errors.Is(err, fs.ErrNotExist) && st.Name != "users" {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("the restored store %q: %w", st.Name, err)
+		}
+		defer d.Close()
+		stores = append(stores, consistency.Store{Name: st.Name, Place: d, Layout: st.Layout, Prefix: st.Prefix, Remote: local(st) == ""})
+	}
+	rep.Consistency.Findings = []consistency.Finding{}
+	var err error
+	rep.Consistency.Summary, err = consistency.Run(ctx, stores, consistency.Options{
+		ReadData: o.ReadData, Seed: uint64(rep.Began.Unix()), Now: rep.RecoversTo, Progress: o.Progress,
+		Found: func(f consistency.Finding) error {
+			if f.Severity == consistency.Damage && len(rep.Consistency.Findings) < maxDifferences {
+				rep.Consistency.Findings = append(rep.Consistency.Findings, f)
+			}
+			return nil
+		},
+	})
+	return err
+}
+
+// program puts the server's program into the scratch directory; why says why there is none.
+func (p *places) program(ctx context.Context, r *repo.Repository, view *browse.View, rep *Report, o Options) (path, why string, err error) {
+	who, err := view.Identities(ctx)
+	if err != nil && ctx.Err() != nil {
+		return "", "", context.Cause(ctx)
+	}
+	switch {
+	case o.NoServer:
+		return "", "left out on request", nil
+	case slices.ContainsFunc(p.m.Stores, func(s snapshot.Store) bool { return local(s) == "" }):
+		return "", "the snapshot does not hold the contents, which are in a bucket", nil
+	case !who.Known:
+		return "", "the users are in a directory outside of the instance, so nobody can be asked as", nil
+	}
+	var src io.Reader
+	if o.Program != "" {
+		f, err := os.Open(o.Program)
+		if err != nil {
+			return "", "", fmt.Errorf("the server's program: %w", err)
+		}
+		defer f.Close()
+		src, rep.Server.Program = f, o.Program
+	} else {
+		if p.m.Software == nil || p.m.Software.Binary == "" {
+			return "", "the snapshot holds no program of the server, and none was named", nil
+		}
+		n, err := view.Find(ctx, p.m.Software.Binary)
+		if err != nil {
+			return "", "", fmt.Errorf("the server's program: %w", err)
+		}
+		c, err := browse.OpenContent(r, n)
+		if err != nil {
+			return "", "", fmt.Errorf("the server's program: %w", err)
+		}
+		src, rep.Server.Program = c.Reader(ctx, 0), "snapshot"
+	}
+	dir := filepath.Join(p.scratch, "program")
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		return "", "", err
+	}
+	f, err := os.OpenFile(filepath.Join(dir, "server"), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o755)
+	if err != nil {
+		return "", "", err
+	}
+	_, err = io.Copy(f, src)
+	if cerr := f.Close(); err == nil {
+		err = cerr
+	}
+	if err != nil {
+		return "", "", fmt.Errorf("the server's program: %w", err)
+	}
+	return "program/server", "", nil
+}
+
+// target is where the server listens, in its jail.
+const target = "127.0.0.1:9200"
+
+// notNeeded are services of both products that would reach out, or that nothing is asked of.
+const notNeeded = "idp,web,notifications,ocm,antivirus,audit,policies,collaboration,invitations,search,thumbnails,sse,userlog,clientlog,activitylog"
+
+// environment is what the server gets to know, and all it gets to know. dir is the scratch directory as the jail
+// shows it. Every place is set: the configuration may name those of the original.
+func (p *places) environment(dir string) []string {
+	in := func(path string) string {
+		rel, _ := filepath.Rel(p.scratch, p.to(path))
+		return filepath.Join(dir, rel)
+	}
+	prefix := "OCIS_"
+	if p.m.Product == string(ocis.OpenCloud) {
+		prefix = "OC_"
+	}
+	env := []string{
+		"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=" + dir + "/home", "TMPDIR=" + dir + "/tmp", "LANG=C.UTF-8",
+		prefix + "BASE_DATA_PATH=" + in(p.m.BasePath), prefix + "CONFIG_DIR=" + in(p.m.ConfigDir),
+		prefix + "URL=https://localhost:9200", prefix + "INSECURE=true", prefix + "LOG_LEVEL=error", prefix + "TRACING_ENABLED=false",
+		prefix + "EXCLUDE_RUN_SERVICES=" + notNeeded, prefix + "ADD_RUN_SERVICES=auth-app",
+		"PROXY_HTTP_ADDR=" + target, "PROXY_TLS=true", "PROXY_ENABLE_BASIC_AUTH=true", "PROXY_ENABLE_APP_AUTH=true",
+		"SMTP_HOST=", "NOTIFICATIONS_SMTP_HOST=", "FRONTEND_ARCHIVER_INSECURE=true",
+	}
+	for _, s := range p.m.Stores {
+		var names []string
+		switch s.Name {
+		case "users":
+			env = append(env, "STORAGE_USERS_DRIVER="+local(s))
+			if s.Layout == string(ocis.Posix) { // which does not start without
+				env = append(env, "STORAGE_USERS_ID_CACHE_STORE=nats-js-kv", "STORAGE_USERS_ID_CACHE_STORE_NODES=127.0.0.1:9233")
+			}
+			names = []string{"STORAGE_USERS_OCIS_ROOT", "STORAGE_USERS_DECOMPOSED_ROOT", "STORAGE_USERS_POSIX_ROOT"}
+		case "system":
+			names = []string{"STORAGE_SYSTEM_OCIS_ROOT", "STORAGE_SYSTEM_OC_ROOT"}
+		}
+		for _, n := range names {
+			env = append(env, n+"="+in(s.Root))
+		}
+	}
+	for _, d := range p.m.DataSets {
+		if !d.Captured || within(d.Path, p.m.BasePath) {
+			continue
+		}
+		switch d.Name {
+		case "nats":
+			env = append(env, "NATS_NATS_STORE_DIR="+in(d.Path))
+		case "search":
+			env = append(env, "SEARCH_ENGINE_BLEVE_DATA_PATH="+in(d.Path))
+		}
+	}
+	return env
+}
+
+// ask starts the server and compares what it serves.
+func (p *places) ask(ctx context.Context, view *browse.View, program string, rep *Report, o Options) error {
+	dir, err := inside()
+	if err != nil {
+		return err
+	}
+	for _, d := range []string{"home", "tmp"} {
+		if err := os.Mkdir(filepath.Join(p.scratch, d), 0o700); err != nil {
+			return err
+		}
+		if p.uid >= 0 {
+			if err := os.Chown(filepath.Join(p.scratch, d), p.uid, p.uid); err != nil {
+				return err
+			}
+		}
+	}
+	if p.uid >= 0 {
+		// The server has to get through it, and nobody else.
+		if err := os.Chown(p.scratch, p.uid, p.uid); err != nil {
+			return err
+		}
+	}
+	log, err := os.OpenFile(filepath.Join(p.scratch, "server.log"), os.O_CREATE|os.O_RDWR|os.O_APPEND, 0o600)
+	if err != nil {
+		return err
+	}
+	defer log.Close()
+	var hide []string
+	for _, x := range p.maps {
+		hide = append(hide, x.From)
+	}
+	o.Progress.Emit(progress.Event{Kind: progress.Start, Phase: "drill"})
+	defer o.Progress.Emit(progress.Event{Kind: progress.Finish, Phase: "drill"})
+	start := time.Now()
+	j, err := startJail(&jailConfig{
+		Scratch: p.scratch, Hide: hidden(p.scratch, hide), UID: p.uid, Program: filepath.Join(dir, program), Args: []string{"server"},
+		Env: p.environment(dir), Target: target,
+	}, log)
+	if err != nil {
+		rep.Server.NotRun = err.Error()
+		return nil
+	}
+	defer j.stop()
+	c, err := cloud.New(cloud.Options{
+		URL: "https://localhost:9200", User: "-", Secret: func() (string, error) { return "-", nil }, Insecure: true, Dial: j.dial, Tries: 4, Agent: "holdfast/" + o.Version,
+	})
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	users := &users{jail: j, c: c, found: map[string]*cloud.Client{}}
+	who, _ := view.Identities(ctx)
+	spaces := slices.Clone(view.Spaces())
+	if o.Spaces > 0 && o.Spaces < len(spaces) {
+		rand.Shuffle(len(spaces), func(a, b int) { spaces[a], spaces[b] = spaces[b], spaces[a] })
+		spaces = spaces[:o.Spaces]
+	}
+	ready := false
+	for i, s := range spaces {
+		o.Progress.Emit(progress.Event{Kind: progress.Update, Phase: "drill", Item: s.Alias, Done: int64(i), Total: int64(len(spaces)), Unit: "spaces"})
+		r := SpaceReport{ID: s.ID, Alias: s.Alias, Differences: []string{}}
+		login, why, err := p.whom(ctx, view, who, s)
+		if err != nil {
+			return err
+		}
+		if r.NotAsked = why; why == "" {
+			r.As = login
+			if !ready {
+				if err := p.ready(ctx, j, c, users, login, start.Add(o.StartTimeout)); err != nil {
+					if ctx.Err() != nil {
+						return context.Cause(ctx)
+					}
+					rep.Server.Differences++
+					rep.Server.NotRun = fmt.Sprintf("the server did not get ready: %v; the end of its log: %s", err, tail(log))
+					return nil
+				}
+				ready = true
+				rep.Server.StartSeconds = time.Since(start).Seconds()
+				if st, err := c.Status(ctx); err == nil {
+					rep.Server.Version = st.Version
+				}
+			}
+			if err := p.one(ctx, view, users, login, s, &r); err != nil {
+				if ctx.Err() != nil {
+					return context.Cause(ctx)
+				}
+				r.differ("the comparison broke off: %v", err)
+			}
+		}
+		rep.Server.Differences += r.Count
+		rep.Server.Spaces = append(rep.Server.Spaces, r)
+	}
+	if !ready {
+		rep.Server.NotRun = "there is no space that anybody could be asked about"
+	}
+	return nil
+}
+
+// whom tells as whom the server can be asked about a space.
+func (p *places) whom(ctx context.Context, view *browse.View, who *browse.Identities, s *browse.Space) (login, why string, err error) {
+	if s.Disabled != "" {
+		return "", "it is disabled, and nobody sees it", nil
+	}
+	if s.Kind == cloud.Personal {
+		if login = who.User(s.OwnerID).Login; login == "" {
+			why = "its owner is not in the directory of the snapshot"
+		}
+		return login, why, nil
+	}
+	root, err := view.Item(ctx, s, "")
+	if err != nil {
+		return "", "", err
+	}
+	list, err := view.Members(ctx, root)
+	if err != nil {
+		return "", "", err
+	}
+	// Only whoever may write sees versions and trash.
+	for _, role := range []string{"manager", "editor"} {
+		for _, m := range list {
+			if l := who.User(m.Principal).Login; !m.Group && m.Role == role && l != "" {
+				return l, "", nil
+			}
+		}
+	}
+	return "", "none of its members who may see versions and trash is in the directory of the snapshot", nil
+}
+
+// ready waits until the server can be asked as a user.
+func (p *places) ready(ctx context.Context, j *jail, c *cloud.Client, u *users, login string, until time.Time) error {
+	for {
+		_, err := c.Status(ctx)
+		if err == nil {
+			var uc *cloud.Client
+			if uc, err = u.as(ctx, login); err == nil {
+				if _, err = uc.Me(ctx); err == nil {
+					return nil
+				}
+				u.forget(login)
+			}
+		}
+		switch {
+		case j.ended():
+			return errors.New("it ended by itself")
+		case time.Now().After(until):
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-time.After(time.Second):
+		}
+	}
+}
+
+func (p *places) one(ctx context.Context, view *browse.View, u *users, login string, s *browse.Space, r *SpaceReport) error {
+	c, err := u.as(ctx, login)
+	if err != nil {
+		return err
+	}
+	drives, err := c.MyDrives(ctx)
+	if err != nil {
+		return err
+	}
+	for _, d := range drives {
+		if _, id, _ := strings.Cut(d.ID, "$"); id == s.ID {
+			return (&comparer{view, c, d.ID, r}).space(ctx, s)
+		}
+	}
+	r.differ("the server does not show it to %q", login)
+	return nil
+}
+
+// users are the clients of users, with tokens that the server's own program makes: nobody's password
+// is known or needed.
+type users struct {
+	jail  *jail
+	c     *cloud.Client
+	found map[string]*cloud.Client
+}
+
+var tokenLine = regexp.MustCompile(`(?i)token:\s*"?([^\s"]+)`)
+
+func (u *users) as(ctx context.Context, login string) (*cloud.Client, error) {
+	if c := u.found[login]; c != nil {
+		return c, nil
+	}
+	out, err := u.jail.run(ctx, "auth-app", "create", "--user-name="+login, "--expiration=24h")
+	if err != nil {
+		return nil, err
+	}
+	m := tokenLine.FindStringSubmatch(out)
+	if m == nil {
+		return nil, errors.New("auth-app create printed no token")
+	}
+	c := u.c.As(login, func() (string, error) { return m[1], nil })
+	u.found[login] = c
+	return c, nil
+}
+
+func (u *users) forget(login string) { delete(u.found, login) }
+
+// tail is the end of a log.
+func tail(f *os.File) string {
+	const n = 2000
+	st, err := f.Stat()
+	if err != nil {
+		return ""
+	}
+	p := make([]byte, min(st.Size(), n))
+	k, _ := f.ReadAt(p, st.Size()-int64(len(p)))
+	return strings.TrimSpace(string(p[:k]))
+}
