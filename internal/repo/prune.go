@@ -242,7 +242,9 @@ func (p *PrunePlan) load(ctx context.Context) error {
 			}
 			p.packs = append(p.packs, k)
 		}
-		f.packs = append(f.packs, no)
+		if len(blobs) > 0 { // a file that lists nothing of a pack does not name it
+			f.packs = append(f.packs, no)
+		}
 		f.blobs += len(blobs)
 		for _, e := range blobs {
 			if p.x.Add(no, e) && !isNew {
@@ -672,6 +674,9 @@ func (p *PrunePlan) rewriteIndex(ctx context.Context) error {
 		}
 		err = index.Decode(data, func(d ID, entries []pack.Entry) error {
 			no, isNew := p.x.Pack(d)
+			if len(entries) == 0 { // another file may name the pack with its blobs
+				return nil
+			}
 			if isNew || p.packs[no].fate != keepPack || p.packs[no].split || !written.set(no) {
 				return nil
 			}
