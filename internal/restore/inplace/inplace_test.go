@@ -549,9 +549,9 @@ func TestKilled(t *testing.T) {
 				s.must(err)
 				return false
 			}
-			every := 2
+			every := 5
 			if what == "space" {
-				every = 120
+				every = 300
 			}
 			for at := 1; ; at += every {
 				node := begin()
