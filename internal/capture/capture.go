@@ -84,7 +84,7 @@ type Part struct {
 	// PictureAt is when the picture was made; zero: it is being made, everything holds still.
 	PictureAt time.Time
 	// Unchanged reports whether nothing below the directory dir of the instance was changed since the
-	// capture that made Cache began, which must have been in this process. nil: that is not known.
+	// capture that made Cache began, which must have been in this process. It is called concurrently. nil: that is not known.
 	Unchanged func(dir string) bool
 }
 

@@ -5,6 +5,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -285,17 +286,17 @@ func TestUntouchedSpacesAreNotScanned(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	asked, same := 0, 0
+	var asked, same atomic.Int64
 	unchanged := func(dir string) bool {
 		rel, ok := strings.CutPrefix(dir, store+"/")
 		if !ok {
 			return false // the system store
 		}
-		asked++
+		asked.Add(1)
 		if capture.Touched(changed, rel) {
 			return false
 		}
-		same++
+		same.Add(1)
 		return true
 	}
 	next, inc, _ := run(t, r, inst, capture.Options{Cache: first.Cache, Unchanged: unchanged, Now: future})
@@ -303,8 +304,8 @@ func TestUntouchedSpacesAreNotScanned(t *testing.T) {
 	if *inc.Tree != *full.Tree {
 		t.Error("the tree is another one than that of a full capture")
 	}
-	if same == 0 || same == asked {
-		t.Errorf("%d of %d spaces were unchanged: the test shows nothing", same, asked)
+	if same.Load() == 0 || same.Load() == asked.Load() {
+		t.Errorf("%d of %d spaces were unchanged: the test shows nothing", same.Load(), asked.Load())
 	}
 	// From the file, the cache is not of this run.
 	p := filepath.Join(t.TempDir(), "cache")
