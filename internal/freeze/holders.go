@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"github.com/holdfast-backup/holdfast/internal/mountinfo"
 	"github.com/holdfast-backup/holdfast/internal/ocis"
 )
 
@@ -114,12 +115,12 @@ type scan struct {
 }
 
 func newScan(paths []string, except []int) (*scan, error) {
-	data, err := os.ReadFile("/proc/self/mountinfo")
+	table, err := mountinfo.Self()
 	if err != nil {
 		return nil, fmt.Errorf("cannot tell who uses the data: %w; is /proc mounted?", err)
 	}
 	s := &scan{
-		self:   parseMountinfo(data, ""),
+		self:   newMountTable(table, ""),
 		devs:   map[string]bool{},
 		except: map[int]bool{os.Getpid(): true},
 		tables: map[string]*mountTable{},
@@ -153,9 +154,9 @@ func newScan(paths []string, except []int) (*scan, error) {
 		}
 	}
 	for _, m := range s.self.list {
-		if s.devs[m.dev] && isNetwork(m.fsType) && !network[m.fsType] {
-			network[m.fsType] = true
-			s.limits = append(s.limits, fmt.Sprintf("some of the data is on %s: a server that runs on another host is seen only by its locks, if at all", m.fsType))
+		if s.devs[m.Device] && isNetwork(m.Type) && !network[m.Type] {
+			network[m.Type] = true
+			s.limits = append(s.limits, fmt.Sprintf("some of the data is on %s: a server that runs on another host is seen only by its locks, if at all", m.Type))
 		}
 	}
 	if _, err := os.Stat("/proc/1"); err != nil {
@@ -328,11 +329,11 @@ func (s *scan) table(dir string) *mountTable {
 	if t != nil {
 		return t
 	}
-	data, err := os.ReadFile(dir + "/mountinfo")
+	list, err := mountinfo.Load(dir + "/mountinfo")
 	if err != nil {
 		return nil
 	}
-	t = parseMountinfo(data, root)
+	t = newMountTable(list, root)
 	s.mu.Lock()
 	s.tables[key] = t
 	s.mu.Unlock()

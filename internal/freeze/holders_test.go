@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-backup/holdfast/internal/mountinfo"
 )
 
 // holdMain holds a file in one of several ways, says so, and waits to be killed.
@@ -202,12 +204,15 @@ func TestParseLocks(t *testing.T) {
 }
 
 func TestMountTable(t *testing.T) {
-	table := parseMountinfo([]byte(`21 1 8:1 / / rw - ext4 /dev/sda1 rw
+	list, err := mountinfo.Parse(strings.NewReader(`21 1 8:1 / / rw - ext4 /dev/sda1 rw
 40 21 0:50 /@data/sub /srv/my\040data rw shared:1 - btrfs /dev/sdb rw
 41 40 8:1 /volumes/x/_data /srv/my\040data/idm rw,relatime shared:3 master:2 - ext4 /dev/sda1 rw
 42 21 0:60 / /srv/my\040data rw - tmpfs none rw
-broken line
-`), "/")
+`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	table := newMountTable(list, "/")
 	for _, c := range []struct {
 		path string
 		id   int

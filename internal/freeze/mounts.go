@@ -1,26 +1,18 @@
 package freeze
 
 import (
-	"bufio"
 	"bytes"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
+
+	"github.com/holdfast-backup/holdfast/internal/mountinfo"
 )
 
-// mount is one line of a mountinfo file.
-type mount struct {
-	id     int
-	dev    string // "major:minor" of the filesystem, decimal
-	root   string // which part of the filesystem is mounted
-	point  string // where, as the owner of the table sees it
-	fsType string
-}
-
-// mountTable is the mountinfo of one mount namespace, in the order of the kernel.
+// mountTable is the mount table of one process.
 type mountTable struct {
-	list []mount
+	list mountinfo.Table
 	byID map[int]int
 }
 
@@ -31,94 +23,46 @@ type place struct {
 	path string
 }
 
-// parseMountinfo reads a mountinfo file. prefix is put before the mount points; it is the root
-// directory of a process in a chroot. Lines that make no sense are left out.
-func parseMountinfo(data []byte, prefix string) *mountTable {
-	t := &mountTable{byID: map[int]int{}}
-	sc := bufio.NewScanner(bytes.NewReader(data))
-	sc.Buffer(nil, 1<<20) // overlay mounts have option strings of many kilobytes
-	for sc.Scan() {
-		// 36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue
-		f := strings.Fields(sc.Text())
-		if len(f) < 7 {
-			continue
-		}
-		id, err := strconv.Atoi(f[0])
-		if err != nil {
-			continue
-		}
-		m := mount{id: id, dev: f[2], root: unescapeOctal(f[3]), point: unescapeOctal(f[4])}
-		for i := 6; i+1 < len(f); i++ {
-			if f[i] == "-" {
-				m.fsType = f[i+1]
-				break
-			}
-		}
+// newMountTable takes the table of a process. prefix is put before the mount points; it is the root
+// directory of a process in a chroot.
+func newMountTable(list mountinfo.Table, prefix string) *mountTable {
+	t := &mountTable{list: list, byID: map[int]int{}}
+	for i := range list {
+		t.byID[list[i].ID] = i
 		if prefix != "" && prefix != "/" {
-			m.point = filepath.Join(prefix, m.point)
+			list[i].Point = filepath.Join(prefix, list[i].Point)
 		}
-		t.byID[id] = len(t.list)
-		t.list = append(t.list, m)
 	}
 	return t
 }
 
-// unescapeOctal undoes the \040 notation of /proc.
-func unescapeOctal(s string) string {
-	if !strings.Contains(s, `\`) {
-		return s
-	}
-	var b strings.Builder
-	for i := 0; i < len(s); i++ {
-		if s[i] == '\\' && i+3 < len(s) {
-			if n, err := strconv.ParseUint(s[i+1:i+4], 8, 8); err == nil {
-				b.WriteByte(byte(n))
-				i += 3
-				continue
-			}
-		}
-		b.WriteByte(s[i])
-	}
-	return b.String()
-}
-
 // below reports whether path is dir or lies in it; rest is what follows dir, without a slash.
 func below(path, dir string) (rest string, ok bool) {
-	if dir == "/" {
-		return strings.TrimPrefix(path, "/"), strings.HasPrefix(path, "/")
-	}
-	if !strings.HasPrefix(path, dir) {
+	if !mountinfo.Below(path, dir) {
 		return "", false
 	}
-	rest = path[len(dir):]
-	if rest == "" {
-		return "", true
-	}
-	if rest[0] != '/' {
-		return "", false
-	}
-	return rest[1:], true
+	return strings.TrimPrefix(strings.TrimPrefix(path, dir), "/"), true
 }
 
 // locate translates path, which is reached through mount id. An id of -1 is unknown: then the
 // mount with the longest mount point wins, the latest one where several lie upon each other.
 func (t *mountTable) locate(path string, id int) (place, bool) {
 	if i, ok := t.byID[id]; ok {
-		if rest, ok := below(path, t.list[i].point); ok {
-			return place{t.list[i].dev, filepath.Join(t.list[i].root, rest)}, true
+		if rest, ok := below(path, t.list[i].Point); ok {
+			return place{t.list[i].Device, filepath.Join(t.list[i].Root, rest)}, true
 		}
 	}
 	best := -1
 	for i := range t.list {
-		if _, ok := below(path, t.list[i].point); ok && (best < 0 || len(t.list[i].point) >= len(t.list[best].point)) {
+		if _, ok := below(path, t.list[i].Point); ok && (best < 0 || len(t.list[i].Point) >= len(t.list[best].Point)) {
 			best = i
 		}
 	}
 	if best < 0 {
 		return place{}, false
 	}
-	rest, _ := below(path, t.list[best].point)
-	return place{t.list[best].dev, filepath.Join(t.list[best].root, rest)}, true
+	rest, _ := below(path, t.list[best].Point)
+	return place{t.list[best].Device, filepath.Join(t.list[best].Root, rest)}, true
 }
 
 // area is a part of a filesystem that belongs to the instance, and its name on this host.
@@ -135,8 +79,8 @@ func (t *mountTable) areas(root string) []area {
 		list = append(list, area{p, root})
 	}
 	for _, m := range t.list {
-		if rest, ok := below(m.point, root); ok && rest != "" {
-			list = append(list, area{place{m.dev, m.root}, m.point})
+		if rest, ok := below(m.Point, root); ok && rest != "" {
+			list = append(list, area{place{m.Device, m.Root}, m.Point})
 		}
 	}
 	return list
