@@ -9,7 +9,6 @@ import (
 
 	"github.com/holdfast-backup/holdfast/internal/browse"
 	"github.com/holdfast-backup/holdfast/internal/discover"
-	"github.com/holdfast-backup/holdfast/internal/freeze"
 	"github.com/holdfast-backup/holdfast/internal/ocis"
 	"github.com/holdfast-backup/holdfast/internal/repo"
 	"github.com/holdfast-backup/holdfast/internal/restore/inplace"
@@ -75,19 +74,11 @@ func (a *app) restoreInPlace(ctx context.Context, arg string, f *restoreFlags) e
 				paths = append(paths, d.Path)
 			}
 		}
-		use, err := freeze.Look(ctx, paths)
+		release, err := a.nothingRuns(ctx, inst.BasePath, paths, f.dryRun)
 		if err != nil {
-			return err
+			return cannotRestore(p.sn, err)
 		}
-		for _, l := range use.Limits {
-			a.ui.Warn("%s", l)
-		}
-		if err := use.Err(); err != nil {
-			if !f.dryRun {
-				return cannotRestore(p.sn, err)
-			}
-			a.ui.Warn("a restore would be refused: %v", err)
-		}
+		defer release()
 		begun := time.Now()
 		o := inplace.Options{Root: st.Root, DryRun: f.dryRun, Now: begun}
 		if owner != nil {

@@ -183,8 +183,10 @@ func (a *app) restore(ctx context.Context, arg string, f *restoreFlags) error {
 	what, path := snapshot.Split(arg)
 	if path != "/" {
 		return ui.WithHints(usageError("restore puts back whole instances, not the path %s of a snapshot", ui.Quote(path)),
-			"restic can restore a folder: restic restore ID --include PATH --target DIR")
+			"--to puts it into a folder, --live into the running instance, --in-place into the storage of the stopped one.")
 	}
+	release := func() {}
+	defer func() { release() }()
 	var plan *restore.Plan
 	var sn *snapshot.Snapshot
 	var env []environmentFile
@@ -220,7 +222,7 @@ func (a *app) restore(ctx context.Context, arg string, f *restoreFlags) error {
 		if n := len(plan.Manifest.Proof.Missing); !plan.Manifest.Proof.Complete {
 			a.ui.Warn("the snapshot is incomplete, %s missing: `holdfast check` lists what", ui.Count(int64(n), "blob"))
 		}
-		if err := a.nothingRuns(ctx, plan, f.dryRun); err != nil {
+		if release, err = a.nothingRuns(ctx, plan.BasePath(), plan.Paths(), f.dryRun); err != nil {
 			return cannotRestore(sn, err)
 		}
 		if err := a.sameVersion(ctx, plan, f); err != nil {
@@ -269,23 +271,30 @@ func parseOwner(s string) (*restore.Owner, error) {
 	return &restore.Owner{UID: int(uid), GID: int(gid)}, nil
 }
 
-// nothingRuns refuses a destination that something uses.
-func (a *app) nothingRuns(ctx context.Context, plan *restore.Plan, dryRun bool) error {
-	use, err := freeze.Look(ctx, plan.Paths())
-	if err != nil {
-		return err
-	}
-	for _, l := range use.Limits {
-		a.ui.Warn("%s", l)
-	}
-	if err := use.Err(); err != nil {
-		if dryRun {
-			a.ui.Warn("a restore would be refused: %v", err)
-			return nil
+// nothingRuns refuses a destination that something uses, and keeps it from being frozen until release
+// is called, which may be done more than once.
+func (a *app) nothingRuns(ctx context.Context, base string, paths []string, dryRun bool) (release func(), err error) {
+	release = func() {}
+	if !dryRun && base != "" {
+		if release, err = freeze.Hold(a.opt.stateDir, base); err != nil {
+			return func() {}, err
 		}
-		return err
 	}
-	return nil
+	use, err := freeze.Look(ctx, paths)
+	if err == nil {
+		for _, l := range use.Limits {
+			a.ui.Warn("%s", l)
+		}
+		if err = use.Err(); err != nil && dryRun {
+			a.ui.Warn("a restore would be refused: %v", err)
+			err = nil
+		}
+	}
+	if err != nil {
+		release()
+		return func() {}, err
+	}
+	return release, nil
 }
 
 // startRestored starts the instance, if that is wanted, and has its index made anew.

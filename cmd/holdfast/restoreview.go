@@ -82,9 +82,11 @@ func (a *app) restoreView(ctx context.Context, name string, f *restoreFlags) err
 	if !m.Proof.Complete && note.Snapshot != "" {
 		a.ui.Warn("the snapshot that was made from the view is incomplete: `holdfast check` lists what is missing")
 	}
-	if err := a.nothingRuns(ctx, plan, f.dryRun); err != nil {
+	release, err := a.nothingRuns(ctx, plan.BasePath(), plan.Paths(), f.dryRun)
+	if err != nil {
 		return cannot(err)
 	}
+	defer release()
 	if err := a.sameVersion(ctx, plan, f); err != nil {
 		return cannot(err)
 	}

@@ -832,6 +832,39 @@ func TestStateDirLostWhileFrozen(t *testing.T) {
 	}
 }
 
+// TestHold: an instance that is held by somebody else is not frozen, by whatever name and records.
+func TestHold(t *testing.T) {
+	t.Parallel()
+	i := newInstance(t)
+	if err := os.Symlink(i.base, i.base+"-link"); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct{ state, base string }{
+		{"state", i.base}, {"another", i.base}, {"state", i.base + "-link"}, {"/proc/none", i.base},
+	} {
+		state := c.state
+		if !filepath.IsAbs(state) {
+			state = filepath.Join(i.dir, state)
+		}
+		release, err := Hold(state, c.base)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var inUse *InUseError
+		if _, err := Guarded(background(), None{}, i.inst, i.guardOptions(), func(context.Context) error { return nil }); !errors.As(err, &inUse) {
+			t.Errorf("%s held by %s: %v", c.base, state, err)
+		}
+		if _, err := Hold(state, i.base); !errors.As(err, &inUse) {
+			t.Errorf("%s held by %s twice: %v", c.base, state, err)
+		}
+		release()
+		release()
+		if _, err := Guarded(background(), None{}, i.inst, i.guardOptions(), func(context.Context) error { return nil }); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 func TestTwoFreezers(t *testing.T) {
 	t.Parallel()
 	i := newInstance(t)

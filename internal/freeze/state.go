@@ -238,6 +238,30 @@ func tryLockInstance(files stateFiles, base string) (*instanceLock, error) {
 	return l, nil
 }
 
+// Hold keeps every other Holdfast from freezing the instance whose base data path is base, which may be
+// missing, until release is called: it is for those who write to an instance that is stopped. Where the
+// state directory cannot be used, only those are kept away that lock the base data path itself.
+//
+// Errors: *InUseError.
+func Hold(stateDir, base string) (release func(), err error) {
+	if base, err = basePath(&ocis.Instance{BasePath: base}); err != nil {
+		return nil, err
+	}
+	var inUse *InUseError
+	files, err := openState(stateDir, base)
+	var l *instanceLock
+	if err == nil {
+		l, err = lockInstance(files, base)
+	}
+	if err != nil && !errors.As(err, &inUse) {
+		l, err = lockInstance(stateFiles{}, base)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return l.release, nil
+}
+
 func (l *instanceLock) release() {
 	for _, f := range l.files {
 		f.Close()

@@ -144,6 +144,9 @@ func (p *Plan) Paths() []string {
 	return out
 }
 
+// BasePath is where the base data path of the instance goes.
+func (p *Plan) BasePath() string { return cmp.Or(p.o.BasePath, p.Manifest.BasePath) }
+
 // MakePlan finds out what the snapshot holds and where it goes.
 //
 // Errors: *UnmappedError; snapshot.ErrNoSuchPath for a snapshot that Holdfast did not make.
