@@ -57,6 +57,9 @@ var faults = []fault{
 	{name: "the guard is killed",
 		halt: "stop", harm: func(k *cloud, r *run) { k.killGuard(r); k.goOn(r) },
 		code: 1, says: "given up so that the instance runs: the guard process died", events: "started stopped started"},
+	{name: "the guard hangs",
+		halt: "stop", harm: func(k *cloud, r *run) { k.signal(k.status().Guard, syscall.SIGSTOP); k.goOn(r) },
+		code: 0, events: "started stopped started"},
 	{name: "both are killed, and the next backup starts it",
 		halt: "stop", harm: (*cloud).killBoth,
 		code: killed, events: "started stopped", down: true},
@@ -223,6 +226,27 @@ func (c *cloud) status() freeze.Status {
 	return list[0]
 }
 
+// editRecord changes the one freeze that must be on record.
+func (c *cloud) editRecord(change func(record map[string]any)) {
+	c.t.Helper()
+	file := c.status().File
+	data, err := os.ReadFile(file)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	var record map[string]any
+	d := json.NewDecoder(bytes.NewReader(data))
+	d.UseNumber()
+	if err := d.Decode(&record); err != nil {
+		c.t.Fatal(err)
+	}
+	change(record)
+	if data, err = json.Marshal(record); err != nil {
+		c.t.Fatal(err)
+	}
+	c.write(file, string(data))
+}
+
 func (c *cloud) write(file, text string) {
 	c.t.Helper()
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
@@ -241,30 +265,17 @@ func (c *cloud) remove(file string) {
 // to a process that lives, but that is another one, because the machine has another boot id.
 func (c *cloud) reboot() {
 	c.t.Helper()
-	file := c.status().File
-	data, err := os.ReadFile(file)
-	if err != nil {
-		c.t.Fatal(err)
-	}
-	var record map[string]any
-	d := json.NewDecoder(bytes.NewReader(data))
-	d.UseNumber()
-	if err := d.Decode(&record); err != nil {
-		c.t.Fatal(err)
-	}
 	stat, err := os.ReadFile("/proc/self/stat")
 	if err != nil {
 		c.t.Fatal(err)
 	}
 	_, rest, _ := strings.Cut(string(stat), ") ")
-	for _, who := range []string{"owner", "guard"} {
-		id := record[who].(map[string]any)
-		id["pid"], id["start"] = os.Getpid(), json.Number(strings.Fields(rest)[19])
-	}
-	if data, err = json.Marshal(record); err != nil {
-		c.t.Fatal(err)
-	}
-	c.write(file, string(data))
+	c.editRecord(func(record map[string]any) {
+		for _, who := range []string{"owner", "guard"} {
+			id := record[who].(map[string]any)
+			id["pid"], id["start"] = os.Getpid(), json.Number(strings.Fields(rest)[19])
+		}
+	})
 	c.must("thaw").says("left alone")
 	if c.Runs() {
 		c.t.Error("it was started")
@@ -343,6 +354,7 @@ func TestNeverTwo(t *testing.T) {
 	command := func(base, state string) string {
 		return "backup --freeze process --view none --base-data-path " + base + " --config-dir " + k.dir + "/config --state-dir " + state
 	}
+	k.must(k.backup("--freeze process --view none"))
 	r := k.startHalted("stop", command(k.Dir, k.state))
 	k.awaitHalted(r)
 	all := func() (list []*run) {
@@ -354,9 +366,10 @@ func TestNeverTwo(t *testing.T) {
 	for _, r := range all() {
 		r.wait(1).says("another holdfast")
 	}
+	k.start("restore --overwrite --base-data-path " + bind + "/data --config-dir " + k.dir + "/config latest").wait(1).says("another holdfast")
 	k.goOn(r)
 	r.wait(0)
-	k.WantEvents("started", "stopped", "started")
+	k.WantEvents("started", "stopped", "started", "stopped", "started")
 
 	// All at once: each either has it for itself or is turned away.
 	list := all()
@@ -376,7 +389,7 @@ func TestNeverTwo(t *testing.T) {
 		}
 	}
 	freezetest.Eventually(t, "the instance runs", k.Runs)
-	if done == 0 || k.Count("stopped") != 1+done || k.Count("started") != 2+done || k.Count("locked") > 0 {
+	if done == 0 || k.Count("stopped") != 2+done || k.Count("started") != 3+done || k.Count("locked") > 0 {
 		t.Errorf("%d backups of %d were made, and the server did %q", done, len(list), k.Events())
 	}
 }

@@ -69,18 +69,20 @@ type reading struct {
 	view  string // in the manifest
 	flags string
 	place func(t *testing.T) string
+	posix bool // the driver, which changes files in place
 }
 
 var (
-	cold  = reading{"cold", "none", "--view none --cold", func(*testing.T) string { return "" }}
-	warm  = reading{"warm", "none", "--view none --target-downtime 1ns", cold.place}
-	btrfs = reading{"btrfs", "btrfs", "--view btrfs", func(t *testing.T) string {
+	cold    = reading{"cold", "none", "--view none --cold", func(*testing.T) string { return "" }, false}
+	warm    = reading{"warm", "none", "--view none --target-downtime 1ns", cold.place, false}
+	inPlace = reading{"warm, driver posix", "none", warm.flags, cold.place, true}
+	btrfs   = reading{"btrfs", "btrfs", "--view btrfs", func(t *testing.T) string {
 		return filepath.Join(mountBtrfs(t), "inst")
-	}}
+	}, false}
 	zfs = reading{"zfs", "zfs", "--view zfs", func(t *testing.T) string {
 		_, top := fssnaptest.ZFSFuse(t)
 		return filepath.Join(top, "inst")
-	}}
+	}, false}
 )
 
 // mountBtrfs mounts a new btrfs until the test ends.
@@ -101,6 +103,7 @@ func TestUnderLoad(t *testing.T) {
 		read reading
 	}{
 		{byProcess, warm},
+		{byProcess, inPlace},
 		{byProcess, btrfs},
 		{bySystemd, warm},
 		{bySystemd, cold},
@@ -110,7 +113,12 @@ func TestUnderLoad(t *testing.T) {
 	} {
 		t.Run(c.way.name+", "+c.read.name, func(t *testing.T) {
 			t.Parallel()
-			k := newCloud(t, c.read.place(t))
+			var k *cloud
+			if c.read.posix {
+				k = newCloudPosix(t)
+			} else {
+				k = newCloud(t, c.read.place(t))
+			}
 			flags := c.way.start(t, k)
 			k.AwaitChanges(20)
 			r := k.must(k.backup(c.read.flags), flags...)

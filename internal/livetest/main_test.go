@@ -22,6 +22,7 @@ import (
 	"github.com/holdfast-backup/holdfast/internal/ocis"
 	"github.com/holdfast-backup/holdfast/internal/repo"
 	"github.com/holdfast-backup/holdfast/internal/storegen"
+	"github.com/holdfast-backup/holdfast/internal/testfixture"
 )
 
 func TestMain(m *testing.M) {
@@ -96,6 +97,22 @@ func newCloudOf(t *testing.T, dir, prefix string) *cloud {
 	if _, err := storegen.Generate(t.Context(), storegen.Options{Dir: dir, Seed: 7, Files: 60, Bytes: 1 << 20, Spaces: 3, Prefix: prefix}); err != nil {
 		t.Fatal(err)
 	}
+	return newCloudAt(t, dir, tmp)
+}
+
+// newCloudPosix takes the sample instance of the driver posix.
+func newCloudPosix(t *testing.T) *cloud {
+	t.Helper()
+	tmp, err := filepath.EvalSymlinks(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return newCloudAt(t, testfixture.UnpackInto(t, testfixture.OpenCloudPosix, tmp), tmp)
+}
+
+// newCloudAt takes the instance in dir.
+func newCloudAt(t *testing.T, dir, tmp string) *cloud {
+	t.Helper()
 	notes := filepath.Join(tmp, "notes")
 	if err := os.Mkdir(notes, 0o755); err != nil {
 		t.Fatal(err)

@@ -18,10 +18,12 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/holdfast-backup/holdfast/internal/storegen"
+	"github.com/holdfast-backup/holdfast/internal/testfixture"
 )
 
 // store is the storage that is changed, relative to the base data path.
@@ -42,7 +44,7 @@ type Entry struct {
 	Paths map[string]string `json:"paths,omitempty"`
 }
 
-// State says what lies at a path: mode, time, and content; "" for nothing.
+// State says what lies at a path: mode, time, content, and attributes; "" for nothing.
 func State(path string) (string, error) {
 	st, err := os.Lstat(path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -69,7 +71,28 @@ func State(path string) (string, error) {
 			return "", err
 		}
 	}
-	return fmt.Sprintf("%s %d %s", st.Mode(), st.ModTime().UnixNano(), content), nil
+	attrs, err := attributes(path)
+	return fmt.Sprintf("%s %d %s%s", st.Mode(), st.ModTime().UnixNano(), content, attrs), err
+}
+
+// attributes is a checksum of the extended attributes that a user can set, "" if there are none.
+func attributes(path string) (string, error) {
+	x, err := testfixture.Xattrs(path)
+	if err != nil {
+		return "", err
+	}
+	h := sha256.New()
+	n := 0
+	for _, name := range slices.Sorted(maps.Keys(x)) {
+		if strings.HasPrefix(name, "user.") {
+			fmt.Fprintf(h, "%q=%q\n", name, x[name])
+			n++
+		}
+	}
+	if n == 0 {
+		return "", nil
+	}
+	return fmt.Sprintf(" %d attributes %x", n, h.Sum(nil)[:8]), nil
 }
 
 // Tree is the State of everything below the base data path.
@@ -101,14 +124,21 @@ func Open(file string) (*Journal, error) {
 func (j *Journal) Mark(mark string) error { return j.write(Entry{Mark: mark}) }
 
 // Change makes one change to the instance in dir, with the base data path dir/data, and acknowledges it.
+// The instance was generated, or is one of the posix driver.
 func (j *Journal) Change(dir string) error {
 	touched := map[string]string{}
-	_, err := storegen.MutateNoting(context.Background(), dir, 1, 0.000001, func(p string) {
+	note := func(p string) {
 		// With the folders that may be made on the way to it.
 		for p = path.Join(store, p); p != store; p = path.Dir(p) {
 			touched[p] = ""
 		}
-	})
+	}
+	var err error
+	if base := filepath.Join(dir, "data"); isPosix(base) {
+		err = changePosix(base, note)
+	} else {
+		_, err = storegen.MutateNoting(context.Background(), dir, 1, 0.000001, note)
+	}
 	if err != nil {
 		return err
 	}

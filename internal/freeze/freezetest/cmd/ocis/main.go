@@ -130,7 +130,9 @@ func server() {
 		j, err := load.Open(filepath.Join(notes, "journal"))
 		check(err)
 		check(j.Mark(load.Started))
-		check(os.WriteFile(filepath.Join(notes, "pid"), []byte(strconv.Itoa(os.Getpid())), 0o644))
+		pid := filepath.Join(notes, "pid")
+		check(os.WriteFile(pid+".new", []byte(strconv.Itoa(os.Getpid())), 0o644))
+		check(os.Rename(pid+".new", pid)) // whoever reads it must not find an empty one
 		work = func() { check(j.Change(filepath.Dir(base))) }
 		stopped = func() { check(j.Mark(load.Stopped)) }
 	} else {
