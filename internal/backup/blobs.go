@@ -24,6 +24,9 @@ type BlobOptions struct {
 	CountSpare, KeepSpare bool
 	// LockFor locks the pinned versions for at least so long; zero: no lock.
 	LockFor time.Duration
+	// Tries and Pause are those of bucket.Config, for the instance's bucket; zero: its defaults.
+	Tries int
+	Pause time.Duration
 }
 
 // BucketOf is the configuration of the bucket of a store, with the keys that were given apart.
@@ -32,6 +35,7 @@ func (o *BlobOptions) BucketOf(s *ocis.S3) bucket.Config {
 	if o.AccessKey != "" {
 		c.AccessKey, c.SecretKey = o.AccessKey, o.SecretKey
 	}
+	c.Tries, c.Pause = o.Tries, o.Pause
 	return c
 }
 

@@ -21,7 +21,6 @@ import (
 	"reflect"
 	"runtime"
 	"slices"
-	"sort"
 	"strconv"
 	"strings"
 	"sync"
@@ -31,6 +30,7 @@ import (
 	"github.com/minio/minio-go/v7"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/holdfast-backup/holdfast/internal/backend"
 	"github.com/holdfast-backup/holdfast/internal/backend/local"
 	"github.com/holdfast-backup/holdfast/internal/backup"
 	"github.com/holdfast-backup/holdfast/internal/bucket"
@@ -192,14 +192,22 @@ func (g *rig) backUp(o backup.Options) (*backup.Result, error) {
 
 func backUpTo(t *testing.T, dir string, o backup.Options, inst *ocis.Instance) (*backup.Result, error) {
 	t.Helper()
-	r := open(t, local.New(dir))
+	return backUpAt(t, local.New(dir), repo.Options{}, o, inst)
+}
+
+func backUpAt(t *testing.T, be backend.Backend, ro repo.Options, o backup.Options, inst *ocis.Instance) (*backup.Result, error) {
+	t.Helper()
+	r, err := repo.Open(t.Context(), be, "pw", ro)
+	if err != nil {
+		return nil, err
+	}
 	lock, ctx, err := r.Lock(t.Context(), repo.LockOptions{})
 	if err != nil {
-		t.Fatal(err)
+		return nil, err
 	}
 	defer lock.Unlock()
 	if err := r.LoadIndex(ctx); err != nil {
-		t.Fatal(err)
+		return nil, err
 	}
 	if o.Instance == nil {
 		o.Instance = inst
@@ -226,7 +234,12 @@ func (g *rig) mustBackUp(o backup.Options) *backup.Result {
 // restore puts the latest snapshot of a repository below dst.
 func restoreTo(t *testing.T, dir, dst string, o restore.Options) (*restore.Result, error) {
 	t.Helper()
-	r := open(t, local.New(dir))
+	return restoreAt(t, local.New(dir), dst, o)
+}
+
+func restoreAt(t *testing.T, be backend.Backend, dst string, o restore.Options) (*restore.Result, error) {
+	t.Helper()
+	r := open(t, be)
 	if err := r.LoadIndex(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -792,35 +805,6 @@ func countSnapshots(t *testing.T, dir string) int {
 	return len(list)
 }
 
-// simulated is a listing of n objects of one space that nothing refers to. Nothing of it is held: the keys
-// are in the order of their numbers.
-type simulated struct {
-	space string
-	n     int
-}
-
-func (s simulated) key(i int) string {
-	return bucket.Key(s.space, fmt.Sprintf("%08x-0000-4000-8000-%012x", uint64(i)*(1<<32)/uint64(s.n), i))
-}
-
-// list answers one request of ListObjectsV2.
-func (s simulated) list(w http.ResponseWriter, r *http.Request) {
-	q := r.URL.Query()
-	after := max(q.Get("start-after"), q.Get("continuation-token"))
-	i := sort.Search(s.n, func(i int) bool { return s.key(i) > after })
-	w.Header().Set("Content-Type", "application/xml")
-	fmt.Fprintf(w, `<ListBucketResult><Name>b</Name><Prefix>%s</Prefix><MaxKeys>1000</MaxKeys>`, q.Get("prefix"))
-	n := 0
-	for ; i < s.n && n < 1000; i, n = i+1, n+1 {
-		fmt.Fprintf(w, `<Contents><Key>%s</Key><LastModified>2025-01-01T00:00:00.000Z</LastModified><ETag>&quot;d41d8cd98f00b204e9800998ecf8427e&quot;</ETag><Size>1234</Size></Contents>`, s.key(i))
-	}
-	fmt.Fprintf(w, `<KeyCount>%d</KeyCount><IsTruncated>%v</IsTruncated>`, n, i < s.n)
-	if i < s.n {
-		fmt.Fprintf(w, `<NextContinuationToken>%s</NextContinuationToken>`, s.key(i-1))
-	}
-	fmt.Fprint(w, `</ListBucketResult>`)
-}
-
 // TestBucketOfManyObjects lists a large bucket once, in bounded memory, and then not again. HOLDFAST_OBJECTS
 // sets the number of objects.
 func TestBucketOfManyObjects(t *testing.T) {
@@ -830,10 +814,12 @@ func TestBucketOfManyObjects(t *testing.T) {
 	}
 	g := newRig(t, s3test.Options{})
 	space, _, _ := strings.Cut(slices.Sorted(maps.Keys(g.want()))[0], "/")
-	many := simulated{space, objects}
+	many := s3test.Many{N: objects, Key: func(i int) string {
+		return bucket.Key(space, fmt.Sprintf("%08x-0000-4000-8000-%012x", uint64(i)*(1<<32)/uint64(objects), i))
+	}}
 	c := g.proxy(func(w http.ResponseWriter, r *http.Request, kind string) bool {
 		if kind == "list" && r.URL.Query().Get("prefix") == space+"/" {
-			many.list(w, r)
+			many.List(w, r)
 			return true
 		}
 		return false
@@ -859,7 +845,7 @@ func TestBucketOfManyObjects(t *testing.T) {
 	took := time.Since(began)
 	close(stop)
 	wg.Wait()
-	if u := res.Manifest.Stores[0].Bucket.Unreferenced; u == nil || u.Objects != int64(objects) || u.Bytes != int64(objects)*1234 {
+	if u := res.Manifest.Stores[0].Bucket.Unreferenced; u == nil || u.Objects != int64(objects) || u.Bytes != int64(objects)*s3test.ManySize {
 		t.Errorf("counted %+v", u)
 	}
 	first := c.seen()

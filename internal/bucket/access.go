@@ -59,9 +59,13 @@ func (b *Bucket) CheckAccess(ctx context.Context, rights ...Right) []Access {
 				a.Err = err
 			}
 		case PutObject:
-			id, err := b.core.NewMultipartUpload(ctx, b.cfg.Bucket, key, minio.PutObjectOptions{})
+			var id string
+			err := b.again(ctx, func() (err error) {
+				id, err = b.core.NewMultipartUpload(ctx, b.cfg.Bucket, key, minio.PutObjectOptions{})
+				return err
+			})
 			if err == nil {
-				err = b.core.AbortMultipartUpload(context.WithoutCancel(ctx), b.cfg.Bucket, key, id)
+				err = b.abort(context.WithoutCancel(ctx), key, id)
 			}
 			a.Err = b.fail(ctx, "begin an upload", "", err)
 		case DeleteObject:
@@ -80,10 +84,20 @@ func (b *Bucket) CheckAccess(ctx context.Context, rights ...Right) []Access {
 	return out
 }
 
+// abort gives an upload in parts up.
+func (b *Bucket) abort(ctx context.Context, key, id string) error {
+	err := b.again(ctx, func() error { return b.core.AbortMultipartUpload(ctx, b.cfg.Bucket, key, id) })
+	var r minio.ErrorResponse
+	if errors.As(err, &r) && r.Code == "NoSuchUpload" { // an earlier try did it, and its answer was lost
+		return nil
+	}
+	return err
+}
+
 // Versioning reports whether the bucket keeps versions now.
 func (b *Bucket) Versioning(ctx context.Context) (bool, error) {
 	var v minio.BucketVersioningConfiguration
-	err := again(ctx, func() (err error) {
+	err := b.again(ctx, func() (err error) {
 		v, err = b.cl.GetBucketVersioning(ctx, b.cfg.Bucket)
 		return err
 	})
@@ -130,7 +144,7 @@ func (r Rule) Touches(prefix string) bool {
 // product's are. A server that has no such thing has no rules.
 func (b *Bucket) Rules(ctx context.Context) ([]Rule, error) {
 	var c *lifecycle.Configuration
-	err := again(ctx, func() (err error) {
+	err := b.again(ctx, func() (err error) {
 		c, err = b.cl.GetBucketLifecycle(ctx, b.cfg.Bucket)
 		return err
 	})
@@ -179,7 +193,7 @@ func (b *Bucket) Rules(ctx context.Context) ([]Rule, error) {
 // Lock keeps a version from being removed until a time. It never shortens what is set: S3 refuses that.
 func (b *Bucket) Lock(ctx context.Context, key, version string, until time.Time) error {
 	mode := minio.Governance
-	err := again(ctx, func() error {
+	err := b.again(ctx, func() error {
 		m, old, err := b.cl.GetObjectRetention(ctx, b.cfg.Bucket, key, version)
 		if err == nil && old != nil && !old.Before(until) {
 			return nil
@@ -197,7 +211,7 @@ func (b *Bucket) Lock(ctx context.Context, key, version string, until time.Time)
 // LockEnabled reports whether versions in the bucket can be locked.
 func (b *Bucket) LockEnabled(ctx context.Context) (bool, error) {
 	var state string
-	err := again(ctx, func() (err error) {
+	err := b.again(ctx, func() (err error) {
 		state, _, _, _, err = b.cl.GetObjectLockConfig(ctx, b.cfg.Bucket)
 		return err
 	})

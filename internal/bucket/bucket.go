@@ -7,6 +7,7 @@
 package bucket
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -37,6 +38,8 @@ type Config struct {
 	DisableMultipart bool
 	// Tries is how often one request is made; 0: 10 times, with up to a second in between.
 	Tries int
+	// Pause is the first wait before what broke off is tried again; the next ones are longer. 0: 250 ms.
+	Pause time.Duration
 }
 
 // Of is the configuration of the bucket that discover found.
@@ -218,22 +221,22 @@ func transient(err error) bool {
 
 // again calls fn until it succeeds or trying again is of no use. The client has tried each request
 // several times; this is for answers that break off.
-func again(ctx context.Context, fn func() error) error {
+func (b *Bucket) again(ctx context.Context, fn func() error) error {
 	const tries = 3
 	for i := 1; ; i++ {
 		err := fn()
 		if err == nil || ctx.Err() != nil || !transient(err) || i == tries {
 			return err
 		}
-		if pause(ctx, i) != nil {
+		if b.pause(ctx, i) != nil {
 			return err
 		}
 	}
 }
 
 // pause waits before try n+1.
-func pause(ctx context.Context, n int) error {
-	t := time.NewTimer(min(time.Duration(n)*250*time.Millisecond, 2*time.Second))
+func (b *Bucket) pause(ctx context.Context, n int) error {
+	t := time.NewTimer(min(time.Duration(n)*cmp.Or(b.cfg.Pause, 250*time.Millisecond), 2*time.Second))
 	defer t.Stop()
 	select {
 	case <-t.C:
@@ -255,7 +258,7 @@ func object(i *minio.ObjectInfo) Object {
 // Errors: ErrNotFound, *Error.
 func (b *Bucket) Stat(ctx context.Context, key, version string) (Object, error) {
 	var o Object
-	err := again(ctx, func() error {
+	err := b.again(ctx, func() error {
 		i, err := b.cl.StatObject(ctx, b.cfg.Bucket, key, minio.StatObjectOptions{VersionID: version})
 		o = object(&i)
 		return err
@@ -266,7 +269,7 @@ func (b *Bucket) Stat(ctx context.Context, key, version string) (Object, error) 
 
 // Remove deletes an object, or one version of it for good.
 func (b *Bucket) Remove(ctx context.Context, key, version string) error {
-	err := again(ctx, func() error {
+	err := b.again(ctx, func() error {
 		return b.cl.RemoveObject(ctx, b.cfg.Bucket, key, minio.RemoveObjectOptions{VersionID: version})
 	})
 	if err = b.fail(ctx, "delete object", key, err); errors.Is(err, ErrNotFound) {
@@ -289,7 +292,7 @@ func (b *Bucket) Put(ctx context.Context, key string, size int64, open func() (i
 	}
 	var up minio.UploadInfo
 	var srcErr error // of the source, where trying again does not help
-	err := again(ctx, func() error {
+	err := b.again(ctx, func() error {
 		src, err := open()
 		if err != nil {
 			srcErr = err
@@ -339,7 +342,7 @@ func (b *Bucket) CopyFrom(ctx context.Context, src *Bucket, from Object, key str
 		return b.Put(ctx, key, from.Size, func() (io.ReadCloser, error) { return src.Get(ctx, from.Key, from.VersionID) })
 	}
 	var up minio.UploadInfo
-	err := again(ctx, func() (err error) {
+	err := b.again(ctx, func() (err error) {
 		s := minio.CopySrcOptions{Bucket: src.cfg.Bucket, Object: from.Key, VersionID: from.VersionID}
 		d := minio.CopyDestOptions{Bucket: b.cfg.Bucket, Object: key}
 		if src.Same(b) && from.Key == key {

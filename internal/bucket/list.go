@@ -58,7 +58,7 @@ func (b *Bucket) List(ctx context.Context, prefix string, fn func(Object) error)
 func (b *Bucket) list(ctx context.Context, prefix, after, to string, fn func(Object) error) error {
 	done := after
 	var stop error
-	err := again(ctx, func() error {
+	err := b.again(ctx, func() error {
 		ctx, cancel := context.WithCancel(ctx)
 		defer cancel()
 		owner := false

@@ -30,7 +30,7 @@ type Reader struct {
 // Errors: ErrNotFound, *Error. So do the errors of reading.
 func (b *Bucket) Get(ctx context.Context, key, version string) (*Reader, error) {
 	r := &Reader{ctx: ctx, b: b, obj: Object{Key: key}, version: version}
-	if err := again(ctx, r.open); err != nil {
+	if err := r.b.again(ctx, r.open); err != nil {
 		return nil, b.fail(ctx, "read object", key, err)
 	}
 	return r, nil
@@ -101,7 +101,7 @@ func (r *Reader) Read(p []byte) (int, error) {
 		if r.tries++; r.tries > readTries || !transient(err) || r.ctx.Err() != nil {
 			return 0, r.b.fail(r.ctx, "read object", r.obj.Key, err)
 		}
-		if err := pause(r.ctx, r.tries); err != nil {
+		if err := r.b.pause(r.ctx, r.tries); err != nil {
 			return 0, err
 		}
 	}
