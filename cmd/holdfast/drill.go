@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"crypto/ed25519"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"os"
@@ -21,6 +22,7 @@ import (
 
 type drillFlags struct {
 	scratch, program, reports string
+	container, publicKey      string
 	noServer, readData        bool
 	noLock, verify            bool
 	spaces                    int
@@ -39,24 +41,29 @@ server is stopped, and all of it is removed.
 
 The server is the program in the snapshot, or --server-binary. It runs in namespaces
 of its own: it has no network but a loopback of its own, sees this machine's files
-read-only and the original data not at all, and ends with this command. Where there is
-no program, or the kernel allows no namespaces, the drill ends with the check, and
-says so.
+read-only and the original data not at all, and ends with this command. It need not be
+root who starts the drill, if the kernel gives namespaces to others. With
+--server-container the server runs in a container without network; that needs root.
+It gets the variables that configured the original, but for those that would lead it
+to mail, federation, identity providers, buckets, event stores or elsewhere.
+Where there is no program, or no namespaces are to be had, the drill ends with the
+check, and says so: no server is ever started that could reach others.
 
 The report is printed, and written into --report-dir as .json and .txt. It is signed
 with a key of this machine (drill/report.key in the state directory); --verify checks
-that on this machine.
+that on this machine, and with --public-key anywhere: the text names that key.
 
 The exit code is 1 if anything that was tested is wrong.
 
 ` + exitHelp(append([]int{exitIncomplete}, repoCodes...)...),
 		Example: `  holdfast drill latest --scratch /srv/scratch
   holdfast drill latest --scratch /srv/scratch --server-binary /usr/local/bin/ocis
+  holdfast drill latest --scratch /srv/scratch --server-container owncloud/ocis:7.1.0
   holdfast drill --verify /var/lib/holdfast/drill/2026-11-20T1400-5e87044e.json`,
 		Args: args(1, 1, "one argument, a snapshot or a report"),
 		RunE: a.verb(func(ctx context.Context, args []string) error {
 			if f.verify {
-				return a.drillVerify(args[0])
+				return a.drillVerify(args[0], f.publicKey)
 			}
 			return a.drill(ctx, args[0], &f)
 		}),
@@ -64,17 +71,22 @@ The exit code is 1 if anything that was tested is wrong.
 	fs := c.Flags()
 	fs.StringVar(&f.scratch, "scratch", "", "`directory` with room for the whole instance")
 	fs.StringVar(&f.program, "server-binary", "", "the program `file` of the server (default: the one in the snapshot)")
+	fs.StringVar(&f.container, "server-container", "", "start the server from this `image`, which the Docker engine of this machine has;\n\"snapshot\" is the one that the snapshot holds or names")
 	fs.BoolVar(&f.noServer, "no-server", false, "start no server")
 	fs.IntVar(&f.spaces, "spaces", 0, "ask the server for this `number` of spaces only, chosen by chance")
 	fs.DurationVar(&f.startTimeout, "start-timeout", 5*time.Minute, "how long the server may take to be ready")
 	fs.BoolVar(&f.readData, "read-data", false, "compare the checksums of all restored contents, not of a sample")
 	fs.StringVar(&f.reports, "report-dir", "", "`directory` for the report (default: drill in the state directory)")
 	fs.BoolVar(&f.verify, "verify", false, "check the signature of the report that is the argument")
+	fs.StringVar(&f.publicKey, "public-key", "", "with --verify: the `key` (base64) that must have signed (default: that of this machine)")
 	noLockFlag(c, &f.noLock)
 	return c
 }
 
 func (a *app) drill(ctx context.Context, arg string, f *drillFlags) error {
+	if f.publicKey != "" {
+		return usageError("--public-key is only for --verify")
+	}
 	what, p := snapshot.Split(arg)
 	if p != "/" {
 		return usageError("a drill is about whole snapshots, not the path %s of one", ui.Quote(p))
@@ -84,6 +96,12 @@ func (a *app) drill(ctx context.Context, arg string, f *drillFlags) error {
 	}
 	if f.spaces < 0 {
 		return usageError("--spaces must not be negative")
+	}
+	switch {
+	case f.container != "" && f.program != "":
+		return usageError("--server-container and --server-binary are two servers; give one of them")
+	case f.noServer && (f.container != "" || f.program != ""):
+		return usageError("--no-server starts no server, so it goes with neither --server-container nor --server-binary")
 	}
 	state, err := statedir.Make(a.opt.stateDir, "drill")
 	if err != nil {
@@ -107,7 +125,7 @@ func (a *app) drill(ctx context.Context, arg string, f *drillFlags) error {
 			return err
 		}
 		rep, err = drill.Run(ctx, r, list, sn, drill.Options{
-			Scratch: f.scratch, Program: f.program, NoServer: f.noServer, Spaces: f.spaces, StartTimeout: f.startTimeout, ReadData: f.readData,
+			Scratch: f.scratch, Program: f.program, Image: f.container, NoServer: f.noServer, Spaces: f.spaces, StartTimeout: f.startTimeout, ReadData: f.readData,
 			Version: version, Progress: a.ui.Sink(),
 		})
 		if err != nil {
@@ -147,7 +165,8 @@ func (a *app) keepReport(rep *drill.Report, key ed25519.PrivateKey, dir string) 
 	base := filepath.Join(dir, rep.Began.Format("2006-01-02T150405")+"-"+rep.Snapshot[:8])
 	err = os.WriteFile(base+".json", append(p, '\n'), 0o600)
 	if err == nil {
-		err = os.WriteFile(base+".txt", []byte(strings.Join(drillText(rep), "\n")+"\n"), 0o600)
+		text := append(drillText(rep), "", "Signed as "+filepath.Base(base)+".json with the key "+base64.StdEncoding.EncodeToString(key.Public().(ed25519.PublicKey)))
+		err = os.WriteFile(base+".txt", []byte(strings.Join(text, "\n")+"\n"), 0o600)
 	}
 	if err != nil {
 		return "", fmt.Errorf("the report could not be kept: %w", err)
@@ -216,6 +235,9 @@ func drillText(r *drill.Report) []string {
 		out = append(out, fmt.Sprintf("Server %s: ready after %s; %s asked for, %s", ui.Quote(s.Version), seconds(s.StartSeconds),
 			ui.Count(int64(len(s.Spaces)), "space"), ui.Count(s.Differences, "difference")))
 	}
+	if v := s.Variables; v != nil {
+		out = append(out, fmt.Sprintf("  with %s of the original; %d left out", ui.Count(int64(v.Used), "variable"), len(v.LeftOut)))
+	}
 	for _, x := range s.Spaces {
 		if x.NotAsked != "" {
 			out = append(out, fmt.Sprintf("  %s: not asked for: %s", ui.Quote(x.Alias), x.NotAsked))
@@ -230,23 +252,39 @@ func drillText(r *drill.Report) []string {
 	return append(out, "A real restore to a place as fast as this one would take about "+seconds(r.RealSeconds))
 }
 
-func (a *app) drillVerify(file string) error {
+// reportKey is the key that must have signed: the one given, or that of this machine.
+func (a *app) reportKey(given string) (ed25519.PublicKey, error) {
+	if given != "" {
+		p, err := base64.StdEncoding.DecodeString(given)
+		if err != nil || len(p) != ed25519.PublicKeySize {
+			return nil, usageError("--public-key is no key of a report")
+		}
+		return p, nil
+	}
 	state, err := statedir.Path(a.opt.stateDir, "drill")
 	if err != nil {
-		return err
+		return nil, err
 	}
+	if _, err := os.Stat(filepath.Join(state, "report.key")); err != nil {
+		return nil, ui.WithHints(fmt.Errorf("this machine has no key for reports: %w", err), "--state-dir names the state directory of the drill, --public-key the key of another machine.")
+	}
+	key, err := drill.LoadKey(state)
+	if err != nil {
+		return nil, err
+	}
+	return key.Public().(ed25519.PublicKey), nil
+}
+
+func (a *app) drillVerify(file, given string) error {
 	p, err := os.ReadFile(file)
 	if err != nil {
 		return fmt.Errorf("cannot read the report: %w", err)
 	}
-	if _, err := os.Stat(filepath.Join(state, "report.key")); err != nil {
-		return ui.WithHints(fmt.Errorf("this machine has no key for reports: %w", err), "--state-dir names the state directory of the drill.")
-	}
-	key, err := drill.LoadKey(state)
+	key, err := a.reportKey(given)
 	if err != nil {
 		return err
 	}
-	rep, err := drill.Verify(p, key.Public().(ed25519.PublicKey))
+	rep, err := drill.Verify(p, key)
 	if err != nil {
 		return fmt.Errorf("%s: %w", ui.Quote(file), err)
 	}

@@ -505,7 +505,7 @@ func TestMoved(t *testing.T) {
 	if !hasWarning(in, "thumbs") {
 		t.Errorf("warnings %q", in.Warnings)
 	}
-	if len(in.Environment) != 1 || in.Environment[0].Name != "ocis.env" || in.Environment[0].Path != env || len(in.Environment[0].Content) == 0 {
+	if len(in.Environment) != 2 || in.Environment[0].Name != "ocis.env" || in.Environment[0].Path != env || len(in.Environment[0].Content) == 0 {
 		t.Errorf("environment %+v", in.Environment)
 	}
 }

@@ -153,7 +153,26 @@ func gather(ctx context.Context, o *Options) (*sources, error) {
 		s.soft.Binary = resolve(path)
 		s.setProduct(binaryProduct(path), "the binary "+path)
 	}
+	s.effective()
 	return s, nil
+}
+
+// EffectiveFile is the name below /config/environment of what all sources come to, in the syntax of
+// ParseEnvFile: the product's variables alone.
+const EffectiveFile = "holdfast/effective.env"
+
+// effective keeps the variables as they count, so that nobody has to resolve compose files and units of
+// another machine again.
+func (s *sources) effective() {
+	var list []string
+	for name, v := range s.env {
+		if ocis.IsVariable(name) {
+			list = append(list, name+"="+v.value)
+		}
+	}
+	if len(list) > 0 {
+		s.addFile(EffectiveFile, "", envText(list))
+	}
 }
 
 // setProduct notes what runs the instance. A contradiction leaves it to what is on disk.

@@ -21,7 +21,9 @@ import (
 func envNames(in *ocis.Instance) string {
 	var l []string
 	for _, e := range in.Environment {
-		l = append(l, e.Name)
+		if e.Name != EffectiveFile {
+			l = append(l, e.Name)
+		}
 	}
 	slices.Sort(l)
 	return strings.Join(l, " ")
@@ -66,6 +68,9 @@ func TestUnit(t *testing.T) {
 	}
 	if got := envNames(in); got != "a.env ocis.env systemd/ocis.service systemd/ocis.service.d/override.conf systemd/ocis.service.d/zz.conf systemd/service.d/all.conf" {
 		t.Errorf("environment %q", got)
+	}
+	if got := content(t, in, EffectiveFile); got != "IDM_LDAPS_CERT=/srv/data/idm/ldap.crt\nOCIS_BASE_DATA_PATH=/srv/data\nOCIS_CONFIG_DIR=/srv/conf\nOCIS_URL=https://ocis.example\n" {
+		t.Errorf("what counts: %q", got)
 	}
 	u, err := loadUnit(root, "ocis.service")
 	if err != nil {

@@ -90,6 +90,90 @@ func (c *Client) SetRestartPolicy(ctx context.Context, name string, p RestartPol
 	return c.post(ctx, containerPath(name, "update"), nil, body, nil)
 }
 
+// Create makes a container and returns its id; body is what the engine's API wants.
+func (c *Client) Create(ctx context.Context, body any) (string, error) {
+	var a struct {
+		ID string `json:"Id"`
+	}
+	err := c.post(ctx, "/containers/create", nil, body, &a)
+	return a.ID, err
+}
+
+// Remove ends and removes a container, with the volumes that have no name. One that is not there is no error.
+func (c *Client) Remove(ctx context.Context, name string) error {
+	return c.delete(ctx, "/containers/"+url.PathEscape(name), url.Values{"force": {"1"}, "v": {"1"}})
+}
+
+// RemoveImage removes the name of an image, and the image if it has no other. One that is not there is
+// no error.
+func (c *Client) RemoveImage(ctx context.Context, name string) error {
+	return c.delete(ctx, "/images/"+escapeName(name), nil)
+}
+
+func (c *Client) delete(ctx context.Context, path string, query url.Values) error {
+	res, err := c.request(ctx, http.MethodDelete, path, query, nil)
+	if errors.Is(err, ErrNotFound) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	drain(res.Body)
+	return nil
+}
+
+// Logs returns the last lines of what a container wrote to its output and error output.
+func (c *Client) Logs(ctx context.Context, name string, lines int) (string, error) {
+	q := url.Values{"stdout": {"1"}, "stderr": {"1"}, "tail": {strconv.Itoa(lines)}}
+	res, err := c.get(ctx, containerPath(name, "logs"), q)
+	if err != nil {
+		return "", err
+	}
+	defer res.Body.Close()
+	return readStreams(res.Body), nil
+}
+
+// LoadImage takes in an archive as SaveImage gives it, and returns the name or id of the image in it.
+func (c *Client) LoadImage(ctx context.Context, archive io.Reader) (string, error) {
+	v, err := c.Ping(ctx)
+	if err != nil {
+		return "", err
+	}
+	path := "/images/load"
+	if v != "" {
+		path = "/v" + v + path
+	}
+	res, err := c.send(ctx, http.MethodPost, path, "application/x-tar", archive)
+	if err != nil {
+		return "", err
+	}
+	defer drain(res.Body)
+	// What it says for people is the only place where the name stands.
+	name := ""
+	for dec := json.NewDecoder(io.LimitReader(res.Body, answerLimit)); ; {
+		var line struct{ Stream, Error string }
+		err := dec.Decode(&line)
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			return "", fmt.Errorf("docker engine: POST /images/load: %w", err)
+		}
+		if line.Error != "" {
+			return "", fmt.Errorf("docker engine: POST /images/load: %s", line.Error)
+		}
+		for _, head := range []string{"Loaded image: ", "Loaded image ID: "} {
+			if n, ok := strings.CutPrefix(strings.TrimSpace(line.Stream), head); ok && name == "" {
+				name = n
+			}
+		}
+	}
+	if name == "" {
+		return "", errors.New("docker engine: POST /images/load: it took in no image")
+	}
+	return name, nil
+}
+
 // Wait returns the exit code of a container as soon as it does not run.
 func (c *Client) Wait(ctx context.Context, name string) (int, error) {
 	var a struct{ StatusCode int }

@@ -37,6 +37,14 @@ func TestControl(t *testing.T) {
 			_, _ = io.WriteString(w, `{"StatusCode":137}`)
 		case "/containers/x/top":
 			_, _ = io.WriteString(w, `{"Titles":["PID","PPID","COMMAND"],"Processes":[["12","1","ocis server"],["13","12","sh","-c"]]}`)
+		case "/containers/create":
+			_, _ = io.WriteString(w, `{"Id":"c1","Warnings":[]}`)
+		case "/containers/x/logs":
+			_, _ = io.WriteString(w, frame(1, "one\n")+frame(2, "two\n"))
+		case "/images/load":
+			_, _ = io.WriteString(w, `{"stream":"Loading\n"}`+"\n"+`{"stream":"Loaded image: owncloud/ocis:7\n"}`+"\n")
+		case "/containers/none":
+			http.Error(w, `{"message":"No such container: none"}`, http.StatusNotFound)
 		case "/containers/x/exec":
 			_, _ = io.WriteString(w, `{"Id":"e1"}`)
 		case "/exec/e1/start":
@@ -73,6 +81,18 @@ func TestControl(t *testing.T) {
 	if code, out, err := c.Exec(ctx, "x", "kill", "-TERM"); err != nil || code != 3 || out != "out err" {
 		t.Errorf("got %d, %q, %v", code, out, err)
 	}
+	if id, err := c.Create(ctx, map[string]string{"Image": "i"}); err != nil || id != "c1" {
+		t.Errorf("got %q, %v", id, err)
+	}
+	if log, err := c.Logs(ctx, "x", 5); err != nil || log != "one\ntwo\n" {
+		t.Errorf("got %q, %v", log, err)
+	}
+	if name, err := c.LoadImage(ctx, strings.NewReader("archive")); err != nil || name != "owncloud/ocis:7" {
+		t.Errorf("got %q, %v", name, err)
+	}
+	if err := errors.Join(c.Remove(ctx, "x"), c.Remove(ctx, "none"), c.RemoveImage(ctx, "owncloud/ocis:7")); err != nil {
+		t.Error(err)
+	}
 	all := strings.Join(asked, "\n")
 	for _, want := range []string{
 		"POST /containers/down/stop?t=2",
@@ -82,6 +102,11 @@ func TestControl(t *testing.T) {
 		"GET /containers/x/top?ps_args=-eo+pid%2Cppid%2Cargs",
 		`POST /containers/x/exec {"AttachStderr":true,"AttachStdout":true,"Cmd":["kill","-TERM"]}`,
 		`POST /exec/e1/start {"Detach":false,"Tty":false}`,
+		`POST /containers/create {"Image":"i"}`,
+		"GET /containers/x/logs?stderr=1&stdout=1&tail=5",
+		"POST /images/load archive",
+		"DELETE /containers/x?force=1&v=1",
+		"DELETE /images/owncloud/ocis:7",
 	} {
 		if !strings.Contains(all+"\n", want+"\n") {
 			t.Errorf("not asked: %s; asked:\n%s", want, all)

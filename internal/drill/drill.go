@@ -15,6 +15,7 @@ import (
 	"io"
 	"io/fs"
 	"math/rand/v2"
+	"net"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -27,6 +28,7 @@ import (
 	"github.com/holdfast-backup/holdfast/internal/browse"
 	"github.com/holdfast-backup/holdfast/internal/cloud"
 	"github.com/holdfast-backup/holdfast/internal/consistency"
+	"github.com/holdfast-backup/holdfast/internal/docker"
 	"github.com/holdfast-backup/holdfast/internal/ocis"
 	"github.com/holdfast-backup/holdfast/internal/progress"
 	"github.com/holdfast-backup/holdfast/internal/repo"
@@ -41,6 +43,10 @@ type Options struct {
 	Scratch string
 	// Program is the server's program; "" is the one in the snapshot.
 	Program string
+	// Image is an image that the Docker engine of this machine has, to be the server in a container:
+	// its name or id, or SnapshotImage. Docker is the engine; nil is the usual one.
+	Image  string
+	Docker *docker.Client
 	// NoServer leaves out the server.
 	NoServer bool
 	// Spaces is how many spaces the server is asked for, chosen by chance; 0 is all.
@@ -103,11 +109,27 @@ type ConsistencyReport struct {
 type ServerReport struct {
 	// NotRun says why the server was not asked; "" if it was.
 	NotRun       string        `json:"not_run,omitempty"`
-	Program      string        `json:"program,omitempty"` // "snapshot", or the path given
+	Program      string        `json:"program,omitempty"` // "snapshot", the path given, or "image" and its name
 	Version      string        `json:"version,omitempty"`
 	StartSeconds float64       `json:"start_seconds,omitempty"`
 	Spaces       []SpaceReport `json:"spaces"`
 	Differences  int64         `json:"differences"`
+	// Variables is nil if the instance was configured by files alone.
+	Variables *VariablesReport `json:"variables,omitempty"`
+}
+
+// cell is where the server runs: cut off from all networks, and from the machine's data.
+type cell interface {
+	// run has the server's program do something there, and returns what it printed.
+	run(ctx context.Context, args ...string) (string, error)
+	// dial connects to the server, whatever address is asked for: nothing else can be reached.
+	dial(ctx context.Context, network, addr string) (net.Conn, error)
+	// ended tells whether the server has ended by itself.
+	ended() bool
+	// tail is the end of what the server logged.
+	tail() string
+	// stop ends all that is in it, at once: its data are thrown away.
+	stop()
 }
 
 // nobody is the user of the server in a jail that root makes: what comes out of a repository gets no rights.
@@ -125,6 +147,9 @@ const (
 // in the report.
 func Run(ctx context.Context, r *repo.Repository, list []*snapshot.Snapshot, sn *snapshot.Snapshot, o Options) (rep *Report, err error) {
 	o.StartTimeout = cmp.Or(o.StartTimeout, 5*time.Minute)
+	if err := canStart(ctx, &o); err != nil {
+		return nil, err
+	}
 	view, err := browse.Open(ctx, r, sn)
 	if err != nil {
 		return nil, err
@@ -176,7 +201,12 @@ func Run(ctx context.Context, r *repo.Repository, list []*snapshot.Snapshot, sn 
 		rep.Server.NotRun = why
 		return rep, nil
 	}
-	if err := p.ask(ctx, view, program, rep, o); err != nil {
+	saved, vr, err := p.variables(ctx, r, view)
+	if err != nil {
+		return rep, err
+	}
+	rep.Server.Variables = vr
+	if err := p.ask(ctx, r, view, program, saved, rep, o); err != nil {
 		rep.Passed = false
 		return rep, err
 	}
@@ -187,6 +217,34 @@ func Run(ctx context.Context, r *repo.Repository, list []*snapshot.Snapshot, sn 
 		rep.Tested = "server"
 	}
 	return rep, nil
+}
+
+// canStart finds out what would fail only after hours of restoring.
+func canStart(ctx context.Context, o *Options) error {
+	if o.NoServer {
+		return nil
+	}
+	if o.Program != "" {
+		if st, err := os.Stat(o.Program); err != nil || !st.Mode().IsRegular() {
+			return fmt.Errorf("the server's program %q is no file that can be read: %w", o.Program, cmp.Or(err, fs.ErrInvalid))
+		}
+	}
+	if o.Image == "" {
+		return nil
+	}
+	if o.Docker == nil {
+		c, err := docker.New("")
+		if err != nil {
+			return err
+		}
+		o.Docker = c
+	}
+	if o.Image == SnapshotImage {
+		_, err := o.Docker.Ping(ctx)
+		return err
+	}
+	_, err := findImage(ctx, o.Docker, o.Image)
+	return err
 }
 
 // moment is when the data of a snapshot stood still.
@@ -375,24 +433,9 @@ func (p *places) dropIDCache() error {
 		return nil
 	}
 	for _, d := range p.m.DataSets {
-		dir := p.to(d.Path)
-		if d.Name != "nats" || dir == "" {
-			continue
-		}
-		root, err := os.OpenRoot(filepath.Join(dir, "jetstream", "$G", "streams"))
-		if err != nil {
-			return nil //nolint:nilerr // no event store, or not that kind
-		}
-		defer root.Close()
-		list, err := fs.ReadDir(root.FS(), ".")
-		if err != nil {
-			return err
-		}
-		for _, e := range list {
-			if strings.HasPrefix(e.Name(), "KV_ids-") {
-				if err := root.RemoveAll(e.Name()); err != nil {
-					return err
-				}
+		if dir := p.to(d.Path); d.Name == "nats" && dir != "" {
+			if _, err := restore.DropIDCaches(dir); err != nil {
+				return err
 			}
 		}
 	}
@@ -457,6 +500,9 @@ func (p *places) program(ctx context.Context, r *repo.Repository, view *browse.V
 	case !who.Known:
 		return "", "the users are in a directory outside of the instance, so nobody can be asked as", nil
 	}
+	if o.Image != "" {
+		return "", "", nil
+	}
 	var src io.Reader
 	if o.Program != "" {
 		f, err := os.Open(o.Program)
@@ -467,7 +513,11 @@ func (p *places) program(ctx context.Context, r *repo.Repository, view *browse.V
 		src, rep.Server.Program = f, o.Program
 	} else {
 		if p.m.Software == nil || p.m.Software.Binary == "" {
-			return "", "the snapshot holds no program of the server, and none was named", nil
+			why := "the snapshot holds no program of the server, and none was named"
+			if p.m.Software != nil && p.m.Software.Image != "" {
+				why += fmt.Sprintf("; it was the image %q, which --server-container can start", p.m.Software.Image)
+			}
+			return "", why, nil
 		}
 		n, err := view.Find(ctx, p.m.Software.Binary)
 		if err != nil {
@@ -503,9 +553,10 @@ const target = "127.0.0.1:9200"
 // notNeeded are services of both products that would reach out, or that nothing is asked of.
 const notNeeded = "idp,web,notifications,ocm,antivirus,audit,policies,collaboration,invitations,search,thumbnails,sse,userlog,clientlog,activitylog"
 
-// environment is what the server gets to know, and all it gets to know. dir is the scratch directory as the jail
-// shows it. Every place is set: the configuration may name those of the original.
-func (p *places) environment(dir string) []string {
+// environment is what the server gets to know, and all it gets to know. dir is the scratch directory as it
+// sees it, saved what configured the original from outside. Every place is set, and every address that its files may name
+// elsewhere.
+func (p *places) environment(dir string, saved []string) []string {
 	in := func(path string) string {
 		rel, _ := filepath.Rel(p.scratch, p.to(path))
 		return filepath.Join(dir, rel)
@@ -514,21 +565,25 @@ func (p *places) environment(dir string) []string {
 	if p.m.Product == string(ocis.OpenCloud) {
 		prefix = "OC_"
 	}
-	env := []string{
-		"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=" + dir + "/home", "TMPDIR=" + dir + "/tmp", "LANG=C.UTF-8",
-		prefix + "BASE_DATA_PATH=" + in(p.m.BasePath), prefix + "CONFIG_DIR=" + in(p.m.ConfigDir),
-		prefix + "URL=https://localhost:9200", prefix + "INSECURE=true", prefix + "LOG_LEVEL=error", prefix + "TRACING_ENABLED=false",
-		prefix + "EXCLUDE_RUN_SERVICES=" + notNeeded, prefix + "ADD_RUN_SERVICES=auth-app",
-		"PROXY_HTTP_ADDR=" + target, "PROXY_TLS=true", "PROXY_ENABLE_BASIC_AUTH=true", "PROXY_ENABLE_APP_AUTH=true",
-		"SMTP_HOST=", "NOTIFICATIONS_SMTP_HOST=", "FRONTEND_ARCHIVER_INSECURE=true",
-	}
+	const events = "127.0.0.1:9233"
+	env := append(slices.Clone(saved),
+		"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME="+dir+"/home", "TMPDIR="+dir+"/tmp", "LANG=C.UTF-8",
+		prefix+"BASE_DATA_PATH="+in(p.m.BasePath), prefix+"CONFIG_DIR="+in(p.m.ConfigDir),
+		prefix+"URL=https://localhost:9200", prefix+"INSECURE=true", prefix+"LOG_LEVEL=error", prefix+"TRACING_ENABLED=false",
+		prefix+"EXCLUDE_RUN_SERVICES="+notNeeded, prefix+"ADD_RUN_SERVICES=auth-app",
+		"PROXY_HTTP_ADDR="+target, "PROXY_TLS=true", "PROXY_ENABLE_BASIC_AUTH=true", "PROXY_ENABLE_APP_AUTH=true",
+		"NOTIFICATIONS_SMTP_HOST=", "FRONTEND_ARCHIVER_INSECURE=true",
+		"NATS_NATS_HOST=127.0.0.1", "NATS_NATS_PORT=9233", prefix+"EVENTS_ENDPOINT="+events, prefix+"EVENTS_ENABLE_TLS=false",
+		prefix+"PERSISTENT_STORE=nats-js-kv", prefix+"PERSISTENT_STORE_NODES="+events,
+		prefix+"CACHE_STORE=memory", prefix+"CACHE_STORE_NODES="+events,
+	)
 	for _, s := range p.m.Stores {
 		var names []string
 		switch s.Name {
 		case "users":
 			env = append(env, "STORAGE_USERS_DRIVER="+local(s))
 			if s.Layout == string(ocis.Posix) { // which does not start without
-				env = append(env, "STORAGE_USERS_ID_CACHE_STORE=nats-js-kv", "STORAGE_USERS_ID_CACHE_STORE_NODES=127.0.0.1:9233")
+				env = append(env, "STORAGE_USERS_ID_CACHE_STORE=nats-js-kv", "STORAGE_USERS_ID_CACHE_STORE_NODES="+events)
 			}
 			names = []string{"STORAGE_USERS_OCIS_ROOT", "STORAGE_USERS_DECOMPOSED_ROOT", "STORAGE_USERS_POSIX_ROOT"}
 		case "system":
@@ -549,15 +604,25 @@ func (p *places) environment(dir string) []string {
 			env = append(env, "SEARCH_ENGINE_BLEVE_DATA_PATH="+in(d.Path))
 		}
 	}
-	return env
+	return lastOf(env)
 }
 
-// ask starts the server and compares what it serves.
-func (p *places) ask(ctx context.Context, view *browse.View, program string, rep *Report, o Options) error {
-	dir, err := inside()
-	if err != nil {
-		return err
+// lastOf leaves of each variable only what was set last: which of two counts is not the same everywhere.
+func lastOf(env []string) []string {
+	seen := map[string]bool{}
+	var out []string
+	for _, kv := range slices.Backward(env) {
+		if name, _, _ := strings.Cut(kv, "="); !seen[name] {
+			seen[name] = true
+			out = append(out, kv)
+		}
 	}
+	slices.Reverse(out)
+	return out
+}
+
+// prepare makes the places that the server wants, and gives it the way to them.
+func (p *places) prepare() error {
 	for _, d := range []string{"home", "tmp"} {
 		if err := os.Mkdir(filepath.Join(p.scratch, d), 0o700); err != nil {
 			return err
@@ -570,44 +635,67 @@ func (p *places) ask(ctx context.Context, view *browse.View, program string, rep
 	}
 	if p.uid >= 0 {
 		// The server has to get through it, and nobody else.
-		if err := os.Chown(p.scratch, p.uid, p.uid); err != nil {
-			return err
-		}
+		return os.Chown(p.scratch, p.uid, p.uid)
 	}
-	log, err := os.OpenFile(filepath.Join(p.scratch, "server.log"), os.O_CREATE|os.O_RDWR|os.O_APPEND, 0o600)
+	return nil
+}
+
+// start starts the server where nothing can get out. why says why it could not be.
+func (p *places) start(ctx context.Context, r *repo.Repository, view *browse.View, program string, saved []string, rep *Report, o Options) (c cell, why string, err error) {
+	if err := p.prepare(); err != nil {
+		return nil, "", err
+	}
+	if o.Image != "" {
+		return p.startContainer(ctx, r, view, saved, rep, o)
+	}
+	dir, err := inside()
 	if err != nil {
-		return err
+		return nil, "", err
 	}
-	defer log.Close()
 	var hide []string
 	for _, x := range p.maps {
 		hide = append(hide, x.From)
 	}
+	j, err := startJail(&jailConfig{
+		Scratch: p.scratch, Hide: hidden(p.scratch, hide), UID: p.uid, Program: filepath.Join(dir, program), Args: []string{"server"},
+		Env: p.environment(dir, saved), Target: target,
+	})
+	if err != nil {
+		return nil, err.Error(), nil
+	}
+	return j, "", nil
+}
+
+// ask starts the server and compares what it serves.
+func (p *places) ask(ctx context.Context, r *repo.Repository, view *browse.View, program string, saved []string, rep *Report, o Options) error {
 	o.Progress.Emit(progress.Event{Kind: progress.Start, Phase: "drill"})
 	defer o.Progress.Emit(progress.Event{Kind: progress.Finish, Phase: "drill"})
 	start := time.Now()
-	j, err := startJail(&jailConfig{
-		Scratch: p.scratch, Hide: hidden(p.scratch, hide), UID: p.uid, Program: filepath.Join(dir, program), Args: []string{"server"},
-		Env: p.environment(dir), Target: target,
-	}, log)
+	j, why, err := p.start(ctx, r, view, program, saved, rep, o)
 	if err != nil {
-		rep.Server.NotRun = err.Error()
+		return err
+	}
+	if why != "" {
+		rep.Server.NotRun = why
 		return nil
 	}
 	defer j.stop()
 	c, err := cloud.New(cloud.Options{
-		URL: "https://localhost:9200", User: "-", Secret: func() (string, error) { return "-", nil }, Insecure: true, Dial: j.dial, Tries: 4, Agent: "holdfast/" + o.Version,
+		URL: "https://localhost:9200", User: "-", Secret: func() (string, error) { return "-", nil }, Insecure: true, Dial: j.dial,
+		Tries: 4, Backoff: 100 * time.Millisecond, Agent: "holdfast/" + o.Version,
 	})
 	if err != nil {
 		return err
 	}
 	defer c.Close()
-	users := &users{jail: j, c: c, found: map[string]*cloud.Client{}}
+	users := &users{cell: j, c: c, found: map[string]*cloud.Client{}}
 	who, _ := view.Identities(ctx)
 	spaces := slices.Clone(view.Spaces())
 	if o.Spaces > 0 && o.Spaces < len(spaces) {
+		// Nobody can be asked about the disabled ones.
+		spaces = slices.DeleteFunc(spaces, func(s *browse.Space) bool { return s.Disabled != "" })
 		rand.Shuffle(len(spaces), func(a, b int) { spaces[a], spaces[b] = spaces[b], spaces[a] })
-		spaces = spaces[:o.Spaces]
+		spaces = spaces[:min(o.Spaces, len(spaces))]
 	}
 	ready := false
 	for i, s := range spaces {
@@ -625,7 +713,7 @@ func (p *places) ask(ctx context.Context, view *browse.View, program string, rep
 						return context.Cause(ctx)
 					}
 					rep.Server.Differences++
-					rep.Server.NotRun = fmt.Sprintf("the server did not get ready: %v; the end of its log: %s", err, tail(log))
+					rep.Server.NotRun = fmt.Sprintf("the server did not get ready: %v; the end of its log: %s", err, j.tail())
 					return nil
 				}
 				ready = true
@@ -681,8 +769,8 @@ func (p *places) whom(ctx context.Context, view *browse.View, who *browse.Identi
 }
 
 // ready waits until the server can be asked as a user.
-func (p *places) ready(ctx context.Context, j *jail, c *cloud.Client, u *users, login string, until time.Time) error {
-	for {
+func (p *places) ready(ctx context.Context, j cell, c *cloud.Client, u *users, login string, until time.Time) error {
+	for wait := 50 * time.Millisecond; ; wait = min(2*wait, time.Second) {
 		_, err := c.Status(ctx)
 		if err == nil {
 			var uc *cloud.Client
@@ -702,7 +790,7 @@ func (p *places) ready(ctx context.Context, j *jail, c *cloud.Client, u *users, 
 		select {
 		case <-ctx.Done():
 			return context.Cause(ctx)
-		case <-time.After(time.Second):
+		case <-time.After(wait):
 		}
 	}
 }
@@ -728,7 +816,7 @@ func (p *places) one(ctx context.Context, view *browse.View, u *users, login str
 // users are the clients of users, with tokens that the server's own program makes: nobody's password
 // is known or needed.
 type users struct {
-	jail  *jail
+	cell  cell
 	c     *cloud.Client
 	found map[string]*cloud.Client
 }
@@ -739,7 +827,7 @@ func (u *users) as(ctx context.Context, login string) (*cloud.Client, error) {
 	if c := u.found[login]; c != nil {
 		return c, nil
 	}
-	out, err := u.jail.run(ctx, "auth-app", "create", "--user-name="+login, "--expiration=24h")
+	out, err := u.cell.run(ctx, "auth-app", "create", "--user-name="+login, "--expiration=24h")
 	if err != nil {
 		return nil, err
 	}
@@ -753,15 +841,3 @@ func (u *users) as(ctx context.Context, login string) (*cloud.Client, error) {
 }
 
 func (u *users) forget(login string) { delete(u.found, login) }
-
-// tail is the end of a log.
-func tail(f *os.File) string {
-	const n = 2000
-	st, err := f.Stat()
-	if err != nil {
-		return ""
-	}
-	p := make([]byte, min(st.Size(), n))
-	k, _ := f.ReadAt(p, st.Size()-int64(len(p)))
-	return strings.TrimSpace(string(p[:k]))
-}

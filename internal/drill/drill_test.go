@@ -1,26 +1,32 @@
 package drill_test
 
 import (
+	"bytes"
 	"context"
 	"crypto/ed25519"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
-	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
+	"syscall"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/holdfast-backup/holdfast/internal/backend"
+	"github.com/holdfast-backup/holdfast/internal/backend/local"
 	"github.com/holdfast-backup/holdfast/internal/backend/mem"
 	"github.com/holdfast-backup/holdfast/internal/backup"
-	"github.com/holdfast-backup/holdfast/internal/cloud/cloudtest"
 	"github.com/holdfast-backup/holdfast/internal/discover"
 	"github.com/holdfast-backup/holdfast/internal/drill"
 	"github.com/holdfast-backup/holdfast/internal/freeze"
+	"github.com/holdfast-backup/holdfast/internal/freeze/freezetest"
 	"github.com/holdfast-backup/holdfast/internal/progress"
 	"github.com/holdfast-backup/holdfast/internal/repo"
 	"github.com/holdfast-backup/holdfast/internal/s3/s3test"
@@ -28,98 +34,81 @@ import (
 	"github.com/holdfast-backup/holdfast/internal/testfixture"
 )
 
-// This program is also the jail, and in it the server: a stand-in that serves what was restored.
+// This program is also the jail, and drills of another user.
 func TestMain(m *testing.M) {
+	// The race detector would have each of its processes wait for a second at the end.
+	if err := os.Setenv("GORACE", "atexit_sleep_ms=0"); err != nil {
+		panic(err)
+	}
 	drill.MaybeJail()
-	if len(os.Args) > 1 && strings.HasSuffix(os.Args[0], "/program/server") {
-		if err := server(os.Args[1:]); err != nil {
+	if dirs := os.Getenv(unprivileged); dirs != "" {
+		if err := drillAsOther(strings.Cut(dirs, ":")); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}
 		return
 	}
-	os.Exit(m.Run())
+	code := m.Run()
+	if err := errors.Join(freezetest.StopEngine(), os.RemoveAll(build.dir), os.RemoveAll(shared.dir)); err != nil {
+		fmt.Fprintln(os.Stderr, "after the tests:", err)
+		code = 1
+	}
+	os.Exit(code)
 }
 
-func server(args []string) error {
-	switch args[0] {
-	case "auth-app":
-		for _, a := range args {
-			if name, ok := strings.CutPrefix(a, "--user-name="); ok {
-				fmt.Printf("App token created for %s\n token: %s\n", name, cloudtest.Token(name))
-			}
-		}
-		return nil
-	case "server":
-	default:
-		return fmt.Errorf("unknown command %q", args[0])
-	}
-	if err := inJail(); err != nil {
-		return err
-	}
-	data := os.Getenv("OC_BASE_DATA_PATH")
-	if _, err := os.Stat(filepath.Join(data, "refuse")); err == nil {
-		return errors.New("this server refuses to start")
-	}
-	prefix, ok := map[string]string{"decomposed": "user.oc.", "ocis": "user.ocis."}[os.Getenv("STORAGE_USERS_DRIVER")]
-	if !ok {
-		return fmt.Errorf("driver %q", os.Getenv("STORAGE_USERS_DRIVER"))
-	}
-	s, err := cloudtest.LoadStore(os.Getenv("STORAGE_USERS_DECOMPOSED_ROOT"), prefix)
-	if err != nil {
-		return err
-	}
-	l, err := net.Listen("tcp", os.Getenv("PROXY_HTTP_ADDR"))
-	if err != nil {
-		return err
-	}
-	if _, err := os.Stat(filepath.Join(data, "lie")); err == nil {
-		s.Write(s.Find("alan"), "not in the snapshot", "x", time.Now())
-	}
-	return s.ServeTLS(l)
+var build struct {
+	once sync.Once
+	dir  string
+	err  error
 }
 
-// inJail makes sure of the walls, from inside.
-func inJail() error {
-	if os.Getuid() == 0 {
-		return errors.New("the server runs as root")
-	}
-	ifs, err := net.Interfaces()
-	if err != nil || len(ifs) != 1 || ifs[0].Flags&net.FlagLoopback == 0 {
-		return fmt.Errorf("there is more than a loopback: %v, %v", ifs, err)
-	}
-	if err := os.WriteFile("/tmp/holdfast-drill-was-here", nil, 0o644); !errors.Is(err, unix.EROFS) {
-		return fmt.Errorf("the machine's files can be written: %v", err)
-	}
-	if err := os.WriteFile(filepath.Join(os.Getenv("TMPDIR"), "x"), nil, 0o644); err != nil {
-		return err
-	}
-	for _, kv := range os.Environ() {
-		if strings.Contains(kv, "SECRET_OF_THE_TEST") {
-			return errors.New("the environment came in")
+// server builds the stand-in for the server, once, and returns its path. It needs no libraries.
+func server(t *testing.T) string {
+	t.Helper()
+	build.once.Do(func() {
+		if build.dir, build.err = os.MkdirTemp("", "holdfast-drilltest-"); build.err != nil {
+			return
 		}
+		cmd := exec.Command("go", "build", "-trimpath", "-o", filepath.Join(build.dir, "opencloud"), "./drilltest/cmd/opencloud")
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			build.err = fmt.Errorf("go build: %w: %s", err, out)
+			return
+		}
+		build.err = os.Chmod(build.dir, 0o755)
+	})
+	if build.err != nil {
+		t.Fatal(build.err)
 	}
-	original, err := os.ReadFile(filepath.Join(os.Getenv("OC_BASE_DATA_PATH"), originalFile))
+	return filepath.Join(build.dir, "opencloud")
+}
+
+// told is a server that behaves in some way: see its source.
+func told(t *testing.T, behaviour string) string {
+	t.Helper()
+	data, err := os.ReadFile(server(t))
 	if err != nil {
-		return err
+		t.Fatal(err)
 	}
-	// It may be gone: the repository outlives it.
-	if list, err := os.ReadDir(string(original)); err != nil && !errors.Is(err, fs.ErrNotExist) || len(list) > 0 {
-		return fmt.Errorf("the original is seen: %v, %v", list, err)
+	file := filepath.Join(t.TempDir(), "opencloud")
+	if err := os.WriteFile(file, append(data, "behaviour:"+behaviour...), 0o755); err != nil {
+		t.Fatal(err)
 	}
-	return nil
+	return file
 }
 
 // originalFile holds the path where the instance lay.
 const originalFile = "original"
 
-// setup backs up a fixture after change.
-func setup(t *testing.T, change func(data string)) (*repo.Repository, []*snapshot.Snapshot) {
+// setup backs up a fixture after change, with variables that configure it from outside.
+func setup(t *testing.T, be backend.Backend, change func(data string)) (*repo.Repository, []*snapshot.Snapshot) {
 	t.Helper()
-	return backUp(t, testfixture.Unpack(t, testfixture.OpenCloud), nil, change)
+	return backUp(t, be, testfixture.Unpack(t, testfixture.OpenCloud), []string{
+		"OC_JWT_SECRET=a 'secret'\\", "OC_EVENTS_ENDPOINT=nats.example:4222", "NOTIFICATIONS_SMTP_HOST=mail.example", "OC_OIDC_ISSUER=https://id.example", "HOME=/nowhere",
+	}, change)
 }
 
-func backUp(t *testing.T, dir string, env []string, change func(data string)) (*repo.Repository, []*snapshot.Snapshot) {
+func backUp(t *testing.T, be backend.Backend, dir string, env []string, change func(data string)) (*repo.Repository, []*snapshot.Snapshot) {
 	t.Helper()
 	t.Setenv("SECRET_OF_THE_TEST", "1")
 	ctx := t.Context()
@@ -134,7 +123,6 @@ func backUp(t *testing.T, dir string, env []string, change func(data string)) (*
 	if change != nil {
 		change(data)
 	}
-	be := mem.New()
 	r, err := repo.Init(ctx, be, "pw", repo.InitOptions{KDF: repo.KDF{N: 1024, R: 8, P: 1}})
 	if err != nil {
 		t.Fatal(err)
@@ -161,16 +149,27 @@ func backUp(t *testing.T, dir string, env []string, change func(data string)) (*
 	return r, list
 }
 
-// plain is setup without a change, made once: the repository is in memory.
+// plain is setup without a change, made once, in a directory that everybody can read.
 func plain(t *testing.T) (*repo.Repository, []*snapshot.Snapshot) {
 	t.Helper()
 	if shared.repo == nil {
-		shared.repo, shared.list = setup(t, nil)
+		dir, err := os.MkdirTemp("", "holdfast-drilltest-")
+		if err != nil {
+			t.Fatal(err)
+		}
+		shared.dir = dir
+		r, list := setup(t, local.New(filepath.Join(dir, "repo")), nil)
+		err = filepath.WalkDir(dir, func(p string, _ fs.DirEntry, err error) error { return errors.Join(err, os.Chmod(p, 0o755)) })
+		if err != nil {
+			t.Fatal(err)
+		}
+		shared.repo, shared.list = r, list
 	}
 	return shared.repo, shared.list
 }
 
 var shared struct {
+	dir  string
 	repo *repo.Repository
 	list []*snapshot.Snapshot
 }
@@ -180,16 +179,6 @@ func write(t *testing.T, file, data string) {
 	if err := os.WriteFile(file, []byte(data), 0o644); err != nil {
 		t.Fatal(err)
 	}
-}
-
-// self is this program under another name, to be the server.
-func self(t *testing.T) string {
-	t.Helper()
-	exe, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return exe
 }
 
 func run(t *testing.T, r *repo.Repository, list []*snapshot.Snapshot, o drill.Options) *drill.Report {
@@ -209,7 +198,7 @@ func run(t *testing.T, r *repo.Repository, list []*snapshot.Snapshot, o drill.Op
 
 func TestDrill(t *testing.T) {
 	r, list := plain(t)
-	rep := run(t, r, list, drill.Options{Program: self(t)})
+	rep := run(t, r, list, drill.Options{Program: server(t)})
 	if !rep.Passed || rep.Tested != "server" || rep.Server.NotRun != "" || !rep.Complete || rep.Consistency.Damage != 0 || rep.Restore.Bytes == 0 || rep.Newest == nil {
 		t.Errorf("%+v", rep)
 	}
@@ -228,19 +217,124 @@ func TestDrill(t *testing.T) {
 	if asked != 10 || files != 6*21+4*3 || versions != 6*7 || trash != 6*3 || read == 0 {
 		t.Errorf("%d spaces, %d files, %d versions, %d in the trash, %d read", asked, files, versions, trash, read)
 	}
-	// A sample.
-	rep = run(t, r, list, drill.Options{Program: self(t), Spaces: 1})
-	if len(rep.Server.Spaces) != 1 || !rep.Passed {
-		t.Errorf("%+v", rep.Server)
-	}
-	// Without a server.
-	rep = run(t, r, list, drill.Options{})
-	if !rep.Passed || rep.Tested != "consistency" || !strings.Contains(rep.Server.NotRun, "no program") {
-		t.Errorf("%+v", rep)
+	if v := rep.Server.Variables; v == nil || v.Used != 1 || !slices.Equal(v.LeftOut, []string{"NOTIFICATIONS_SMTP_HOST", "OC_EVENTS_ENDPOINT", "OC_OIDC_ISSUER"}) {
+		t.Errorf("variables %+v", v)
 	}
 	if _, err := drill.Run(t.Context(), r, list, list[0], drill.Options{Scratch: t.TempDir(), Program: "/nonexistent"}); err == nil {
 		t.Error("a program that is not there was taken")
 	}
+}
+
+// TestContainer: an image as the server. The engine is the test's own, and has nothing but what the test imports.
+func TestContainer(t *testing.T) {
+	e := freezetest.TheEngine(t)
+	const image = "opencloudeu/opencloud:test"
+	e.ImportProgram(t, image, "opencloud", server(t))
+	r, list := plain(t)
+	rep := run(t, r, list, drill.Options{Image: image, Docker: e.Client, Spaces: 2})
+	if !rep.Passed || rep.Tested != "server" || rep.Server.NotRun != "" || rep.Server.Program != "image "+image || len(rep.Server.Spaces) != 2 {
+		t.Errorf("%+v", rep.Server)
+	}
+	if left, err := e.Client.List(t.Context(), "holdfast.drill"); err != nil || len(left) > 0 {
+		t.Errorf("containers %v are left, %v", left, err)
+	}
+	// One that does not start, and what a killed drill left.
+	old, err := e.Client.Create(t.Context(), map[string]any{
+		"Image": image, "Entrypoint": []string{"opencloud"}, "Labels": map[string]string{"holdfast.drill": filepath.Join(t.TempDir(), "gone")},
+		"HostConfig": map[string]string{"NetworkMode": "none"},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { e.Remove(old) })
+	const refuses = "opencloudeu/opencloud:refuses"
+	e.ImportProgram(t, refuses, "opencloud", told(t, "refuse"))
+	rep = run(t, r, list, drill.Options{Image: refuses, Docker: e.Client})
+	if rep.Passed || rep.Tested != "consistency" || !strings.Contains(rep.Server.NotRun, "this server refuses to start") {
+		t.Errorf("%+v", rep.Server)
+	}
+	if left, err := e.Client.List(t.Context(), "holdfast.drill"); err != nil || len(left) > 0 {
+		t.Errorf("containers %v are left, %v", left, err)
+	}
+	for image, want := range map[string]string{"nobody/has:it": "is not on this machine", drill.SnapshotImage: "neither holds nor names an image"} {
+		_, err := drill.Run(t.Context(), r, list, list[0], drill.Options{Scratch: t.TempDir(), Image: image, Docker: e.Client})
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v", image, err)
+		}
+	}
+}
+
+// unprivileged is the variable by which this program is told to drill as it is started: it names a directory
+// of its own, and that of the repository.
+const unprivileged = "HOLDFAST_TEST_DRILL"
+
+// TestUnprivileged: somebody who is not root drills, in namespaces of their own.
+func TestUnprivileged(t *testing.T) {
+	const nobody = 65534
+	dir := t.TempDir()
+	if err := os.Chmod(filepath.Dir(dir), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	plain(t)
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for to, from := range map[string]string{"drill.test": exe, "opencloud": server(t)} {
+		data, err := os.ReadFile(from)
+		if err == nil {
+			err = os.WriteFile(filepath.Join(dir, to), data, 0o755)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	err = errors.Join(os.Mkdir(filepath.Join(dir, "scratch"), 0o755), filepath.WalkDir(dir, func(p string, _ fs.DirEntry, err error) error {
+		return errors.Join(err, os.Chown(p, nobody, nobody))
+	}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(filepath.Join(dir, "drill.test"))
+	cmd.Dir = dir
+	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "GORACE=" + os.Getenv("GORACE"), unprivileged + "=" + dir + ":" + shared.dir}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
+	var said bytes.Buffer
+	cmd.Stderr = &said
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("%v: %s", err, &said)
+	}
+	var rep drill.Report
+	if err := json.Unmarshal(out, &rep); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	if !rep.Passed || rep.Tested != "server" || rep.Server.NotRun != "" || len(rep.Server.Spaces) != 2 {
+		t.Errorf("%+v", rep)
+	}
+	if left, err := os.ReadDir(filepath.Join(dir, "scratch")); err != nil || len(left) > 0 {
+		t.Errorf("%v is left, %v", left, err)
+	}
+}
+
+func drillAsOther(dir, repository string, _ bool) error {
+	ctx := context.Background()
+	r, err := repo.Open(ctx, local.New(filepath.Join(repository, "repo")), "pw", repo.Options{})
+	if err != nil {
+		return err
+	}
+	if err := r.LoadIndex(ctx); err != nil {
+		return err
+	}
+	list, err := snapshot.List(ctx, r)
+	if err != nil {
+		return err
+	}
+	rep, err := drill.Run(ctx, r, list, list[0], drill.Options{Scratch: filepath.Join(dir, "scratch"), Program: filepath.Join(dir, "opencloud"), Spaces: 2})
+	if err != nil {
+		return err
+	}
+	return json.NewEncoder(os.Stdout).Encode(rep)
 }
 
 // TestBucket: what is in a bucket becomes files, for the server as well, and no bucket is touched.
@@ -251,12 +345,12 @@ func TestBucket(t *testing.T) {
 	if err := os.CopyFS(filepath.Join(srv.Dir, name), os.DirFS(filepath.Join(dir, "bucket"))); err != nil {
 		t.Fatal(err)
 	}
-	r, list := backUp(t, dir, []string{
+	r, list := backUp(t, mem.New(), dir, []string{
 		"STORAGE_USERS_DRIVER=s3ng", "STORAGE_USERS_DECOMPOSEDS3_ENDPOINT=" + srv.Endpoint, "STORAGE_USERS_DECOMPOSEDS3_REGION=" + srv.Region,
 		"STORAGE_USERS_DECOMPOSEDS3_BUCKET=" + name, "STORAGE_USERS_DECOMPOSEDS3_ACCESS_KEY=" + srv.AccessKey, "STORAGE_USERS_DECOMPOSEDS3_SECRET_KEY=" + srv.SecretKey,
 	}, nil)
 	srv.Stop()
-	rep := run(t, r, list, drill.Options{Program: self(t), Spaces: 3})
+	rep := run(t, r, list, drill.Options{Program: server(t), Spaces: 3})
 	if !rep.Passed || rep.Tested != "server" || rep.Consistency.Damage != 0 || len(rep.Consistency.Limits) > 0 {
 		t.Errorf("%+v %+v", rep, rep.Consistency.Summary)
 	}
@@ -265,8 +359,8 @@ func TestBucket(t *testing.T) {
 // TestWrong: what is wrong is found.
 func TestWrong(t *testing.T) {
 	t.Run("the server serves something else", func(t *testing.T) {
-		r, list := setup(t, func(data string) { write(t, filepath.Join(data, "lie"), "") })
-		rep := run(t, r, list, drill.Options{Program: self(t)})
+		r, list := plain(t)
+		rep := run(t, r, list, drill.Options{Program: told(t, "lie")})
 		if rep.Passed || rep.Server.Differences != 1 || rep.Tested != "server" {
 			t.Errorf("%+v", rep.Server)
 		}
@@ -277,14 +371,14 @@ func TestWrong(t *testing.T) {
 		}
 	})
 	t.Run("the server does not start", func(t *testing.T) {
-		r, list := setup(t, func(data string) { write(t, filepath.Join(data, "refuse"), "") })
-		rep := run(t, r, list, drill.Options{Program: self(t), StartTimeout: 5 * time.Second})
+		r, list := plain(t)
+		rep := run(t, r, list, drill.Options{Program: told(t, "refuse")})
 		if rep.Passed || rep.Tested != "consistency" || !strings.Contains(rep.Server.NotRun, "this server refuses to start") {
 			t.Errorf("%+v", rep.Server)
 		}
 	})
 	t.Run("the store is damaged", func(t *testing.T) {
-		r, list := setup(t, func(data string) {
+		r, list := setup(t, mem.New(), func(data string) {
 			blobs, err := filepath.Glob(filepath.Join(data, "storage/users/spaces/*/*/blobs/*/*/*/*/*"))
 			if err != nil || len(blobs) == 0 {
 				t.Fatal(blobs, err)
@@ -325,8 +419,13 @@ func TestLeftovers(t *testing.T) {
 	if err := unix.Flock(int(busy.Fd()), unix.LOCK_EX); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := drill.Run(t.Context(), r, list, list[0], drill.Options{Scratch: scratch, NoServer: true}); err != nil {
+	// It has no server either.
+	rep, err := drill.Run(t.Context(), r, list, list[0], drill.Options{Scratch: scratch})
+	if err != nil {
 		t.Fatal(err)
+	}
+	if !rep.Passed || rep.Tested != "consistency" || !strings.Contains(rep.Server.NotRun, "no program") {
+		t.Errorf("%+v", rep)
 	}
 	left, err := filepath.Glob(filepath.Join(scratch, "*"))
 	if err != nil || len(left) != 2 || strings.Contains(fmt.Sprint(left), "killed") {
@@ -340,7 +439,7 @@ func TestCancel(t *testing.T) {
 	scratch := t.TempDir()
 	why := errors.New("enough")
 	ctx, cancel := context.WithCancelCause(t.Context())
-	o := drill.Options{Scratch: scratch, Program: self(t), Progress: func(e progress.Event) {
+	o := drill.Options{Scratch: scratch, Program: server(t), Progress: func(e progress.Event) {
 		if e.Phase == "drill" && e.Kind == progress.Update && e.Done == 1 {
 			cancel(why)
 		}

@@ -2,6 +2,7 @@ package drill
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -10,7 +11,6 @@ import (
 	"net"
 	"os"
 	"os/exec"
-	"os/signal"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -30,6 +30,7 @@ const (
 	fdRelay   = 3 // listener: connections go on to the server
 	fdControl = 4 // listener: one command of the server's program each
 	fdConfig  = 5 // jailConfig as JSON, to its end
+	fdWalls   = 6 // to say why the walls cannot be made; closed when they stand
 )
 
 // hooked is set by MaybeJail: without it in main, the jail would be a second drill.
@@ -39,11 +40,8 @@ var hooked atomic.Bool
 // work and exits; in all others it returns at once.
 func MaybeJail() {
 	if len(os.Args) == 2 && os.Args[1] == jailArgument {
-		if err := jailMain(); err != nil {
-			fmt.Fprintln(os.Stderr, "jail:", err)
-			os.Exit(1)
-		}
-		os.Exit(0)
+		fmt.Fprintln(os.Stderr, "jail:", jailMain()) // it ends well only by being killed
+		os.Exit(1)
 	}
 	hooked.Store(true)
 }
@@ -78,6 +76,14 @@ func inside() (string, error) {
 }
 
 func jailMain() error {
+	walls := os.NewFile(fdWalls, "walls")
+	err := jailServer(walls)
+	// Nobody listens any more if they stood.
+	_, _ = walls.WriteString(fmt.Sprint(err))
+	return err
+}
+
+func jailServer(walls *os.File) error {
 	p, err := io.ReadAll(os.NewFile(fdConfig, "config"))
 	if err != nil {
 		return err
@@ -86,7 +92,7 @@ func jailMain() error {
 	if err := json.Unmarshal(p, &c); err != nil {
 		return err
 	}
-	for _, fd := range []int{fdRelay, fdControl} {
+	for _, fd := range []int{fdRelay, fdControl, fdWalls} {
 		unix.CloseOnExec(fd) // not for the server
 	}
 	relay, err := net.FileListener(os.NewFile(fdRelay, "relay"))
@@ -104,28 +110,34 @@ func jailMain() error {
 	if err := loopbackUp(); err != nil {
 		return fmt.Errorf("loopback: %w", err)
 	}
-	sig := make(chan os.Signal, 4)
-	signal.Notify(sig, syscall.SIGTERM, syscall.SIGINT)
+	walls.Close()
 	server := c.command(context.Background(), dir, c.Args)
 	server.Stdout, server.Stderr = os.Stdout, os.Stderr
-	if err := server.Start(); err != nil {
+	if err := startWithoutRights(server); err != nil {
 		return fmt.Errorf("start the server: %w", err)
 	}
 	go forward(relay, c.Target)
 	go c.serve(control, dir)
-	over := make(chan error, 1)
-	go func() { over <- server.Wait() }()
-	select {
-	case err := <-over:
-		return fmt.Errorf("the server ended by itself: %v", err)
-	case <-sig:
-	}
-	_ = server.Process.Signal(syscall.SIGTERM)
-	select {
-	case <-over:
-	case <-time.After(20 * time.Second): // as long as its services take at most; then the kernel ends them
-	}
-	return nil
+	return fmt.Errorf("the server ended by itself: %v", server.Wait())
+}
+
+// startWithoutRights starts a program that gets none of the jail's rights: where the jail was made by an
+// unprivileged user they would come along, and with them the server could undo what mountJail did.
+func startWithoutRights(cmd *exec.Cmd) error {
+	started := make(chan error)
+	go func() {
+		// Both are properties of the thread, which ends with this goroutine.
+		runtime.LockOSThread()
+		err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+		if err == nil {
+			err = unix.Prctl(unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+		}
+		if err == nil {
+			err = cmd.Start()
+		}
+		started <- err
+	}()
+	return <-started
 }
 
 func (c *jailConfig) command(ctx context.Context, dir string, args []string) *exec.Cmd {
@@ -246,14 +258,15 @@ func (c *jailConfig) serve(l net.Listener, dir string) {
 			}
 			ctx, cancel := context.WithTimeout(context.Background(), commandTime)
 			defer cancel()
-			out, err := c.command(ctx, dir, args).Output()
-			a := answer{Output: string(out)}
+			var out, said bytes.Buffer
+			cmd := c.command(ctx, dir, args)
+			cmd.Stdout, cmd.Stderr = &out, &said
+			if err = startWithoutRights(cmd); err == nil {
+				err = cmd.Wait()
+			}
+			a := answer{Output: out.String()}
 			if err != nil {
-				a.Error = err.Error()
-				var exit *exec.ExitError
-				if errors.As(err, &exit) {
-					a.Error += ": " + lastLine(exit.Stderr)
-				}
+				a.Error = err.Error() + ": " + lastLine(said.Bytes())
 			}
 			_ = json.NewEncoder(conn).Encode(a)
 		}()
@@ -271,28 +284,35 @@ type jail struct {
 	relay   string // sockets
 	control string
 	dir     string
+	log     *os.File
 	over    chan struct{} // closed when it has ended
 }
 
-// startJail starts a jail whose output goes to log.
+// startJail starts a jail.
 //
 // Errors: the kernel or a container may not allow it.
-func startJail(c *jailConfig, log *os.File) (*jail, error) {
+func startJail(c *jailConfig) (*jail, error) {
 	if !hooked.Load() {
 		return nil, errors.New("drill.MaybeJail was not called in main")
+	}
+	log, err := os.OpenFile(filepath.Join(c.Scratch, "server.log"), os.O_CREATE|os.O_EXCL|os.O_RDWR|os.O_APPEND, 0o600)
+	if err != nil {
+		return nil, err
 	}
 	// In the scratch directory, which the next drill removes after a kill. But a path of a socket has 107
 	// bytes at most, and a scratch directory may lie deep.
 	dir := filepath.Join(c.Scratch, "s")
-	err := os.Mkdir(dir, 0o700)
+	err = os.Mkdir(dir, 0o700)
 	if len(dir) > 100 {
 		dir, err = os.MkdirTemp("/tmp", "holdfast-drill-")
 	}
 	if err != nil {
+		log.Close()
 		return nil, err
 	}
-	j := &jail{relay: filepath.Join(dir, "r"), control: filepath.Join(dir, "c"), dir: dir, over: make(chan struct{})}
+	j := &jail{relay: filepath.Join(dir, "r"), control: filepath.Join(dir, "c"), dir: dir, log: log, over: make(chan struct{})}
 	fail := func(err error) (*jail, error) {
+		log.Close()
 		os.RemoveAll(dir)
 		return nil, err
 	}
@@ -320,6 +340,13 @@ func startJail(c *jailConfig, log *os.File) (*jail, error) {
 		return fail(err)
 	}
 	files = append(files, r)
+	walls, wallsW, err := os.Pipe()
+	if err != nil {
+		w.Close()
+		return fail(err)
+	}
+	defer walls.Close()
+	files = append(files, wallsW)
 	exe, err := os.Executable()
 	if err != nil {
 		w.Close()
@@ -360,6 +387,13 @@ func startJail(c *jailConfig, log *os.File) (*jail, error) {
 	j.proc = cmd.Process
 	err = json.NewEncoder(w).Encode(c)
 	w.Close()
+	wallsW.Close()
+	if err == nil {
+		var why []byte
+		if why, err = io.ReadAll(io.LimitReader(walls, 64<<10)); err == nil && len(why) > 0 {
+			err = fmt.Errorf("no walls around the server: %s", why)
+		}
+	}
 	if err != nil {
 		j.stop()
 		return nil, err
@@ -367,19 +401,27 @@ func startJail(c *jailConfig, log *os.File) (*jail, error) {
 	return j, nil
 }
 
-// stop ends all that is in the jail.
 func (j *jail) stop() {
-	_ = j.proc.Signal(syscall.SIGTERM)
-	select {
-	case <-j.over:
-	case <-time.After(30 * time.Second):
-		_ = j.proc.Kill()
-		<-j.over
-	}
+	_ = j.proc.Kill() // with its first process the kernel ends all others
+	<-j.over
+	j.log.Close()
 	os.RemoveAll(j.dir)
 }
 
-// run has the server's program do something in the jail, and returns what it printed.
+func (j *jail) tail() string { return tail(j.log) }
+
+// tail is the end of a log.
+func tail(f *os.File) string {
+	const n = 2000
+	st, err := f.Stat()
+	if err != nil {
+		return ""
+	}
+	p := make([]byte, min(st.Size(), n))
+	k, _ := f.ReadAt(p, st.Size()-int64(len(p)))
+	return strings.TrimSpace(string(p[:k]))
+}
+
 func (j *jail) run(ctx context.Context, args ...string) (string, error) {
 	var d net.Dialer
 	conn, err := d.DialContext(ctx, "unix", j.control)
@@ -404,13 +446,11 @@ func (j *jail) run(ctx context.Context, args ...string) (string, error) {
 	return a.Output, nil
 }
 
-// dial connects to the server in the jail, whatever address is asked for: nothing else can be reached.
 func (j *jail) dial(ctx context.Context, _, _ string) (net.Conn, error) {
 	var d net.Dialer
 	return d.DialContext(ctx, "unix", j.relay)
 }
 
-// ended tells whether the jail is over.
 func (j *jail) ended() bool {
 	select {
 	case <-j.over:

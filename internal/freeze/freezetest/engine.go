@@ -114,7 +114,7 @@ func startEngine(bin string) (e *Engine, err error) {
 			return nil, fmt.Errorf("the Docker engine does not answer: %w; its log: %s", err, text)
 		}
 	}
-	archive, err := imageArchive(bin)
+	archive, err := imageArchive("ocis", bin)
 	if err != nil {
 		return nil, err
 	}
@@ -138,7 +138,13 @@ func (e *Engine) importImage(name string, archive []byte) error {
 // Import makes one more image with the content of Image, and returns its id.
 func (e *Engine) Import(t testing.TB, name string) string {
 	t.Helper()
-	archive, err := imageArchive(Binary(t))
+	return e.ImportProgram(t, name, "ocis", Binary(t))
+}
+
+// ImportProgram makes an image with a program of the test's own, which needs no libraries, as /bin/PROGRAM.
+func (e *Engine) ImportProgram(t testing.TB, name, program, bin string) string {
+	t.Helper()
+	archive, err := imageArchive(program, bin)
 	if err == nil {
 		err = e.importImage(name, archive)
 	}
@@ -173,8 +179,8 @@ func (e *Engine) Load(t testing.TB, saved io.Reader) {
 	}
 }
 
-// imageArchive is a root filesystem with the server and a shell.
-func imageArchive(bin string) ([]byte, error) {
+// imageArchive is a root filesystem with the server, under the name program, and a shell.
+func imageArchive(program, bin string) ([]byte, error) {
 	shell, err := exec.LookPath("busybox")
 	if err != nil {
 		return nil, fmt.Errorf("a static shell for containers: %w; scripts/install-test-deps.sh installs it", err)
@@ -189,10 +195,10 @@ func imageArchive(bin string) ([]byte, error) {
 	if err := w.WriteHeader(&tar.Header{Name: "bin/", Mode: 0o755, Typeflag: tar.TypeDir}); err != nil {
 		return nil, err
 	}
-	if err := w.WriteHeader(&tar.Header{Name: "bin/run", Mode: 0o777, Typeflag: tar.TypeSymlink, Linkname: "ocis"}); err != nil {
+	if err := w.WriteHeader(&tar.Header{Name: "bin/run", Mode: 0o777, Typeflag: tar.TypeSymlink, Linkname: program}); err != nil {
 		return nil, err
 	}
-	for name, file := range map[string]string{"bin/ocis": bin, "bin/sh": shell} {
+	for name, file := range map[string]string{"bin/" + program: bin, "bin/sh": shell} {
 		data, err := os.ReadFile(file)
 		if err != nil {
 			return nil, err
