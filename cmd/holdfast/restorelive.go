@@ -56,7 +56,7 @@ func (f *liveFlags) add(c *cobra.Command) {
 	fs.StringVar(&f.into, "into", "", "with --live: put it into this `folder` of the space instead of where it was")
 	fs.StringVar(&f.intoSpace, "into-space", "", "with --live: put it into the project space of this `name`, made if need be")
 	fs.StringVar(&f.existing, "existing", string(live.Replace), "with --live: a file that is there and differs gets a new `version`; or keep (both stay),\nor skip (left alone)")
-	fs.BoolVar(&f.shares, "shares", false, "with --live: set members and shares again where the users and groups still exist")
+	fs.BoolVar(&f.shares, "shares", false, "with --live: set members, shares and public links again where the users and groups still exist")
 	fs.BoolVar(&f.noTags, "no-tags", false, "with --live: do not set tags")
 	fs.StringArrayVar(&f.mapUser, "map-user", nil, "with --live: the user or group OLD of the snapshot is NEW now, by name or id: `OLD=NEW`; may be repeated")
 	fs.IntVar(&f.rate, "rate-limit", 0, "with --live: upper limit of uploads to the instance in `KiB/s`")
@@ -77,7 +77,9 @@ const liveHelp = `With --live, SPACE/PATH goes back into the running instance th
 with the secret in --token-file. Files keep their times, and the server compares
 checksums. What has the same content already is not sent again, so a restore that was
 interrupted goes on when it is run again. What cannot be put back is listed at the end.
-Items get new ids; older versions, the trash and public links are not put back.
+With --shares members, shares and public links are set again; links get new addresses,
+and those that had a password one that nobody knows. Items get new ids; older versions
+and the trash are not put back.
 `
 
 func (a *app) restoreLive(ctx context.Context, arg string, to toFlags, f *liveFlags, dryRun, noLock bool) error {
@@ -200,8 +202,17 @@ func (a *app) putBack(ctx context.Context, p *picked, f *liveFlags, names map[st
 	if err != nil {
 		return nil, err
 	}
+	src := &liveSource{view: p.view, who: who}
+	if f.shares {
+		if src.links, err = linksOf(ctx, p.view, sp); err != nil {
+			if ctx.Err() != nil {
+				return nil, context.Cause(ctx)
+			}
+			a.ui.Warn("the public links are not put back: %v", err)
+		}
+	}
 	o := live.Options{
-		Client: c, Source: &liveSource{p.view, who}, Item: liveItem(p.item), Drive: d.ID, Path: where, Existing: live.Existing(f.existing),
+		Client: c, Source: src, Item: liveItem(p.item), Drive: d.ID, Path: where, Existing: live.Existing(f.existing),
 		Suffix: p.sn.Time.UTC().Format(" (2006-01-02 1504)"), Tags: !f.noTags, Shares: f.shares,
 		// Only of a project space are the grants of the root its members.
 		Members: f.shares && root && where == "" && sp.Kind == cloud.Project,
@@ -352,15 +363,34 @@ func (a *app) showLive(rep *liveReport) {
 	}
 	rows := [][]string{{
 		strconv.FormatInt(rep.Files, 10), strconv.FormatInt(rep.Replaced, 10), strconv.FormatInt(rep.Unchanged, 10), strconv.FormatInt(rep.Skipped, 10),
-		ui.Bytes(rep.Bytes), strconv.FormatInt(rep.Folders, 10), strconv.FormatInt(rep.Tagged, 10), strconv.FormatInt(rep.Shared, 10), strconv.FormatInt(rep.ProblemCount, 10),
+		ui.Bytes(rep.Bytes), strconv.FormatInt(rep.Folders, 10), strconv.FormatInt(rep.Tagged, 10), strconv.FormatInt(rep.Shared, 10), strconv.FormatInt(rep.Links, 10), strconv.FormatInt(rep.ProblemCount, 10),
 	}}
-	a.ui.Text(ui.Table([]string{">Files", ">New versions", ">Unchanged", ">Skipped", ">Size", ">New folders", ">Tagged", ">Shares", ">Problems"}, rows)...)
+	a.ui.Text(ui.Table([]string{">Files", ">New versions", ">Unchanged", ">Skipped", ">Size", ">New folders", ">Tagged", ">Shares", ">Links", ">Problems"}, rows)...)
+	if rep.Links > 0 {
+		a.ui.Text("the links have new addresses: the old ones lead nowhere, and whoever used them needs the new ones")
+	}
 }
 
 // liveSource gives the items of a snapshot to package live.
 type liveSource struct {
-	view *browse.View
-	who  *browse.Identities
+	view  *browse.View
+	who   *browse.Identities
+	links map[string][]live.Link // by node id
+}
+
+// linksOf are the public links of a space.
+func linksOf(ctx context.Context, v *browse.View, s *browse.Space) (map[string][]live.Link, error) {
+	list, err := v.Shares(ctx, s.ID)
+	if err != nil {
+		return nil, err
+	}
+	out := map[string][]live.Link{}
+	for _, x := range list {
+		if x.Link {
+			out[x.NodeID] = append(out[x.NodeID], live.Link{Name: x.With, Type: x.LinkType, Password: x.Password, Quick: x.Quick, Expires: x.Expires})
+		}
+	}
+	return out, nil
 }
 
 func liveItem(it *browse.Item) live.Item {
@@ -399,6 +429,9 @@ func (s *liveSource) Details(ctx context.Context, it live.Item) (live.Details, e
 		err = fmt.Errorf("the server's record of it is damaged in part: %w", err)
 	}
 	d := live.Details{Grants: m.Grants}
+	if b.Kind == browse.Current {
+		d.Links = s.links[b.NodeID()]
+	}
 	for _, x := range attrs {
 		if x.Key == b.Space.Prefix()+"md.tags" {
 			for _, t := range strings.Split(string(x.Value), ",") {

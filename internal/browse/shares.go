@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"sort"
 	"strings"
+	"time"
 
 	"github.com/holdfast-backup/holdfast/internal/ocis"
 	"github.com/holdfast-backup/holdfast/internal/snapshot"
@@ -20,6 +21,34 @@ type Share struct {
 	Link    bool   // a public link
 	Group   bool   // With is a group
 	With    string // user or group id; of a link what it is called, which may be nothing
+
+	// Of a link.
+	LinkType string    // view, upload, edit, createOnly, internal, as the server's API calls them; "" is another one
+	Password bool      // it has one; the server keeps only its hash
+	Quick    bool      // the one that the web client copies
+	Expires  time.Time // zero is never
+}
+
+// linkType tells what a link allows, by the rights that are stored with it.
+func linkType(may map[string]bool) string {
+	get, put := may["initiateFileDownload"], may["initiateFileUpload"]
+	any := false
+	for _, v := range may {
+		any = any || v
+	}
+	switch {
+	case !any:
+		return "internal" // for whoever has rights of their own
+	case put && !get:
+		return "createOnly"
+	case put && (may["delete"] || may["move"] || !may["createContainer"]):
+		return "edit"
+	case put:
+		return "upload"
+	case get:
+		return "view"
+	}
+	return ""
 }
 
 // publicShares is the space with the records of public links.
@@ -118,20 +147,33 @@ func (v *View) links(ctx context.Context, f *Item, spaceID string, out []Share) 
 		return nil, err
 	}
 	var list map[string]struct {
-		Share string `json:"share"` // JSON in JSON
+		Share    string `json:"share"` // JSON in JSON
+		Password string `json:"password"`
 	}
 	if err := json.Unmarshal(p, &list); err != nil {
 		return nil, fmt.Errorf("the list of public links: %w", err)
 	}
 	for id, s := range list {
 		var l struct {
-			Resource struct{ SpaceID, OpaqueID string } `json:"resourceId"`
-			Name     string                             `json:"displayName"`
+			Resource struct{ SpaceID, OpaqueID string }    `json:"resourceId"`
+			Name     string                                `json:"displayName"`
+			May      struct{ Permissions map[string]bool } `json:"permissions"`
+			Quick    bool                                  `json:"quicklink"`
+			Expires  *struct {
+				Seconds int64 `json:"seconds,string"`
+			} `json:"expiration"`
 		}
 		if json.Unmarshal([]byte(s.Share), &l) != nil || spaceID != "" && l.Resource.SpaceID != spaceID {
 			continue
 		}
-		out = append(out, Share{ID: id, SpaceID: l.Resource.SpaceID, NodeID: l.Resource.OpaqueID, Link: true, With: l.Name})
+		x := Share{
+			ID: id, SpaceID: l.Resource.SpaceID, NodeID: l.Resource.OpaqueID, Link: true, With: l.Name,
+			LinkType: linkType(l.May.Permissions), Password: s.Password != "", Quick: l.Quick,
+		}
+		if l.Expires != nil {
+			x.Expires = time.Unix(l.Expires.Seconds, 0).UTC()
+		}
+		out = append(out, x)
 	}
 	return out, nil
 }

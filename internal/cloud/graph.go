@@ -77,6 +77,7 @@ type Permission struct {
 		Name string `json:"@libre.graph.displayName"`
 		URL  string `json:"webUrl"`
 	} `json:"link"`
+	HasPassword bool `json:"hasPassword"`
 }
 
 // Role is a set of rights that has a name.
@@ -288,6 +289,30 @@ func (c *Client) Invite(ctx context.Context, drive, item string, to Grantee, rol
 		in["expirationDateTime"] = expires.UTC().Format(time.RFC3339)
 	}
 	return c.call(ctx, request{method: "POST", path: itemPath(drive, item, "invite"), once: true}, in, nil)
+}
+
+// Link is a public link to be made. Its address is the server's choice.
+type Link struct {
+	Type     string // view, upload, edit, createOnly, internal
+	Name     string
+	Password string    // "" is none, which the server may refuse
+	Quick    bool      // the server gives the one that is there, if there is one
+	Expires  time.Time // the day counts; zero is never
+}
+
+// CreateLink makes a public link to an item, or to the whole space if item is "".
+//
+// Errors: ErrRejected, ErrForbidden, ErrNotFound.
+func (c *Client) CreateLink(ctx context.Context, drive, item string, l Link) (Permission, error) {
+	in := map[string]any{"type": l.Type, "displayName": l.Name, "@libre.graph.quickLink": l.Quick}
+	if l.Password != "" {
+		in["password"] = l.Password
+	}
+	if !l.Expires.IsZero() {
+		in["expirationDateTime"] = l.Expires.UTC().Format(time.RFC3339)
+	}
+	var out Permission
+	return out, c.call(ctx, request{method: "POST", path: itemPath(drive, item, "createLink"), once: true}, in, &out)
 }
 
 // CreateToken makes an app token for another user, that ends by itself. Needs an administrator, and a

@@ -46,6 +46,16 @@ type Item struct {
 type Details struct {
 	Tags   []string
 	Grants []ocis.Grant
+	Links  []Link
+}
+
+// Link is a public link. Its address and its password cannot be put back.
+type Link struct {
+	Name     string
+	Type     string // as cloud.Link has it; "" is one that the API does not know
+	Password bool   // it had one
+	Quick    bool
+	Expires  time.Time // zero is never
 }
 
 // Source is what is put back. Its methods are called from several goroutines.
@@ -54,7 +64,7 @@ type Source interface {
 	List(ctx context.Context, it Item) ([]Item, error)
 	// Open reads a file from an offset on.
 	Open(ctx context.Context, it Item, offset int64) (io.ReadCloser, error)
-	// Details returns tags and grants. What it returns with an error counts.
+	// Details returns tags, grants and links. What it returns with an error counts.
 	Details(ctx context.Context, it Item) (Details, error)
 	// Principal is the name of the user or group of an id; "" if it is not known.
 	Principal(id string, group bool) string
@@ -82,8 +92,8 @@ type Options struct {
 	Existing Existing // zero is Replace
 	// Suffix is put after the name of a file that Keep writes, before its ending.
 	Suffix string
-	// Tags has tags set, Shares grants. Members has the grants of Item itself set as members of the
-	// space.
+	// Tags has tags set, Shares grants and public links. Members has the grants of Item itself set as
+	// members of the space.
 	Tags, Shares, Members bool
 	// Map gives principals other names or ids in the instance: by id or name in the snapshot.
 	Map map[string]string
@@ -112,6 +122,7 @@ type Result struct {
 	Skipped   int64 `json:"skipped"`   // left out because something else was there
 	Tagged    int64 `json:"tagged"`    // items that got tags
 	Shared    int64 `json:"shared"`    // grants that were set
+	Links     int64 `json:"links"`     // public links that were made
 	// Problems lists what could not be put back, the first MaxProblems of ProblemCount.
 	Problems     []Problem `json:"problems"`
 	ProblemCount int64     `json:"problem_count"`
@@ -120,7 +131,7 @@ type Result struct {
 // Problem is one thing that could not be put back.
 type Problem struct {
 	Path string `json:"path"` // in the space
-	// Kind is file, folder, tags, share or member.
+	// Kind is file, folder, tags, share, member or link.
 	Kind   string `json:"kind"`
 	Reason string `json:"reason"`
 }

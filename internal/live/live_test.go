@@ -467,6 +467,61 @@ func TestTagsAndShares(t *testing.T) {
 	}
 }
 
+func TestLinks(t *testing.T) {
+	soon := time.Now().Add(48 * time.Hour).UTC().Truncate(time.Second)
+	src := &source{files: map[string]string{"f": "1", "dir/g": "2"}, details: map[string]live.Details{
+		"f": {Links: []live.Link{
+			{Name: "open", Type: "view", Expires: soon}, {Name: "closed", Type: "edit", Password: true}, {Name: "over", Type: "view", Expires: noon}, {Name: "odd"},
+		}},
+		"dir/": {Links: []live.Link{{Name: "drop", Type: "createOnly"}, {Type: "internal", Password: true}}},
+		"":     {Links: []live.Link{{Name: "all", Type: "view"}}},
+	}}
+	s, o, home := setup(t, src)
+	if run(t, o); len(s.Items(home)["f"].Links) != 0 {
+		t.Error("links were made without being asked for")
+	}
+	o.Shares = true
+	res := run(t, o)
+	i := s.Items(home)
+	if l := i["f"].Links; len(l) != 2 || l[0] != (cloudtest.Link{Type: "view", Name: "open", Expires: soon.Format(time.RFC3339)}) ||
+		l[1].Name != "closed" || l[1].Type != "edit" || len(l[1].Password) < 20 {
+		t.Errorf("f: %+v", l)
+	}
+	if l := i["dir"].Links; len(l) != 2 || l[0] != (cloudtest.Link{Type: "createOnly", Name: "drop"}) || l[1] != (cloudtest.Link{Type: "internal"}) {
+		t.Errorf("dir: %+v", l)
+	}
+	said := ""
+	for _, p := range res.Problems {
+		said += fmt.Sprintln(p.Kind, p.Path, p.Reason)
+	}
+	if res.Links != 4 || res.ProblemCount != 2 || !strings.Contains(said, `link f link "closed" (edit): it had a password`) || !strings.Contains(said, `link f link "odd" (): it allows what`) {
+		t.Errorf("%+v", res)
+	}
+	if strings.Contains(said, i["f"].Links[1].Password) {
+		t.Error("the password was told")
+	}
+	if res = run(t, o); res.Links != 0 || res.ProblemCount != 1 || len(s.Items(home)["f"].Links) != 2 {
+		t.Errorf("the second run: %+v", res)
+	}
+	// A server that wants passwords, and the whole of a space.
+	s, o, _ = setup(t, src)
+	s.LinkPasswords = true
+	admin := client(t, s, "admin")
+	d, _, err := live.NewDrive(t.Context(), admin, "Back", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	o.Client, o.Drive, o.Shares, o.Members = admin, d.ID, true, true
+	src.details[""] = live.Details{Links: []live.Link{{Name: "all", Type: "edit", Password: true}}}
+	res = run(t, o)
+	if l := s.Items(d.ID)[""].Links; len(l) != 1 || l[0].Name != "all" || res.ProblemCount != 5 {
+		t.Errorf("%+v, %+v", l, res)
+	}
+	if got := problems(res)["dir"]; !strings.Contains(got, "password protection is enforced") {
+		t.Errorf("%q", got)
+	}
+}
+
 func TestFindDrive(t *testing.T) {
 	s := cloudtest.New(t)
 	s.AddUser("alan", "alan")
@@ -493,6 +548,19 @@ func TestFindDrive(t *testing.T) {
 		if d.ID != x.want || (err != nil) != (x.why != "") || err != nil && (!errors.As(err, &none) || !strings.Contains(err.Error(), x.why) || len(none.Hints()) == 0) {
 			t.Errorf("%s: %v, %v", name, d.ID, err)
 		}
+	}
+	// A personal space that was purged: the server makes another one, but not at once.
+	s.AddUser("lynn", "lynn")
+	s.Purged = true
+	space := live.Space{ID: "x", Kind: "personal", OwnerLogin: "lynn"}
+	_, err := live.FindDrive(t.Context(), client(t, s, "lynn"), space, nil)
+	var none *live.NoSpaceError
+	if !errors.As(err, &none) || !strings.Contains(err.Error(), "has no personal space") || !strings.Contains(strings.Join(none.Hints(), " "), "run this again") {
+		t.Errorf("just purged: %v", err)
+	}
+	s.Purged = false
+	if d, err := live.FindDrive(t.Context(), client(t, s, "lynn"), space, nil); err != nil || d.ID != s.Home("lynn") {
+		t.Errorf("purged: %v, %v", d.ID, err)
 	}
 }
 

@@ -2,6 +2,8 @@ package live
 
 import (
 	"context"
+	"crypto/rand"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"slices"
@@ -26,15 +28,16 @@ func (r *run) extras(ctx context.Context, it Item, at, id string, members bool) 
 		}
 		r.problem(at, "tags", err) // what could be read counts
 	}
-	// What the root of a space grants is membership.
-	grants := d.Grants
+	// What the root of a space grants is membership, and only to the whole of a project space there can
+	// be links.
+	grants, links := d.Grants, d.Links
 	if !r.o.Shares || at == "" && !members {
-		grants = nil
+		grants, links = nil, nil
 	}
 	if !r.o.Tags {
 		d.Tags = nil
 	}
-	if len(d.Tags)+len(grants) == 0 {
+	if len(d.Tags)+len(grants)+len(links) == 0 {
 		return nil
 	}
 	item := ""
@@ -52,7 +55,80 @@ func (r *run) extras(ctx context.Context, it Item, at, id string, members bool) 
 			return err
 		}
 	}
-	return r.grant(ctx, at, item, it.Folder, members, grants)
+	if len(grants)+len(links) == 0 {
+		return nil
+	}
+	kind := "share"
+	if members {
+		kind = "member"
+	}
+	have, err := r.c.Permissions(ctx, r.o.Drive, item)
+	if err != nil {
+		if fatal(ctx, err) {
+			return err
+		}
+		r.problem(at, kind, err)
+		return nil
+	}
+	if err := r.grant(ctx, at, item, kind, it.Folder, members, grants, have); err != nil {
+		return err
+	}
+	return r.link(ctx, at, item, links, have)
+}
+
+// link makes the public links that the snapshot knows and the instance does not.
+func (r *run) link(ctx context.Context, at, item string, links []Link, have []cloud.Permission) error {
+	for _, l := range links {
+		if !l.Expires.IsZero() && l.Expires.Before(time.Now()) {
+			continue
+		}
+		if slices.ContainsFunc(have, func(p cloud.Permission) bool { return p.Link != nil && p.Link.Type == l.Type && p.Link.Name == l.Name }) {
+			continue
+		}
+		says := func(err error) error {
+			if l.Name == "" {
+				return fmt.Errorf("a link without a name (%s): %w", l.Type, err)
+			}
+			return fmt.Errorf("link %q (%s): %w", l.Name, l.Type, err)
+		}
+		if l.Type == "" {
+			r.problem(at, "link", says(errors.New("it allows what no link of the API does")))
+			continue
+		}
+		out := cloud.Link{Type: l.Type, Name: l.Name, Quick: l.Quick, Expires: l.Expires}
+		if l.Password && l.Type != "internal" {
+			// Never open to everybody what was not.
+			var err error
+			if out.Password, err = unknownPassword(); err != nil {
+				return err
+			}
+		}
+		_, err := r.c.CreateLink(ctx, r.o.Drive, item, out)
+		switch {
+		case err == nil:
+			r.count(func(x *Result) { x.Links++ })
+			if out.Password != "" {
+				r.problem(at, "link", says(errLinkPassword))
+			}
+		case fatal(ctx, err):
+			return err
+		default:
+			r.problem(at, "link", says(err))
+		}
+	}
+	return nil
+}
+
+// errLinkPassword is reported of a link that was made with a password that nobody knows.
+var errLinkPassword = errors.New("it had a password, of which the snapshot holds only a hash: the new link has one that nobody knows, so set another one there")
+
+// unknownPassword makes a password that the rules of servers allow.
+func unknownPassword() (string, error) {
+	p := make([]byte, 18)
+	if _, err := rand.Read(p); err != nil {
+		return "", err
+	}
+	return base64.RawURLEncoding.EncodeToString(p) + "-aA1!", nil
 }
 
 func (r *run) tag(ctx context.Context, at string, e cloud.Entry, tags []string) error {
@@ -82,22 +158,7 @@ func (r *run) tag(ctx context.Context, at string, e cloud.Entry, tags []string) 
 }
 
 // grant gives the rights that the snapshot knows and the instance does not.
-func (r *run) grant(ctx context.Context, at, item string, folder, members bool, grants []ocis.Grant) error {
-	if len(grants) == 0 {
-		return nil
-	}
-	kind := "share"
-	if members {
-		kind = "member"
-	}
-	have, err := r.c.Permissions(ctx, r.o.Drive, item)
-	if err != nil {
-		if fatal(ctx, err) {
-			return err
-		}
-		r.problem(at, kind, err)
-		return nil
-	}
+func (r *run) grant(ctx context.Context, at, item, kind string, folder, members bool, grants []ocis.Grant, have []cloud.Permission) error {
 	for _, g := range grants {
 		if !g.Expires.IsZero() && g.Expires.Before(time.Now()) {
 			continue

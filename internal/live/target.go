@@ -78,7 +78,8 @@ func FindDrive(ctx context.Context, c *cloud.Client, s Space, byName map[string]
 			return d, nil
 		}
 	}
-	return none(fmt.Sprintf("is not there, and the user %q has no personal space", me.Name))
+	return none(fmt.Sprintf("is not there, and the user %q has no personal space", me.Name),
+		"The server makes one when the user comes, but for some minutes after it was purged it still believes in the old one: run this again then.")
 }
 
 // NewDrive returns the project space of that name in which the client's user is, made if there is none:

@@ -1,10 +1,13 @@
 package cloudtest
 
 import (
+	"bytes"
 	"encoding/json"
+	"fmt"
 	"net/http"
 	"slices"
 	"strings"
+	"time"
 )
 
 // refuse answers as Graph does.
@@ -119,14 +122,14 @@ func (s *Server) tag(w http.ResponseWriter, u *user, id string, list any) {
 	}
 }
 
-// shares serves /drives/{drive}/(root|items/{item})/(invite|permissions).
+// shares serves /drives/{drive}/(root|items/{item})/(invite|createLink|permissions).
 func (s *Server) shares(w http.ResponseWriter, r *http.Request, u *user, parts []string, body map[string]any) {
 	d, n, write := s.root(parts[0], u)
 	if n == nil {
 		refuse(w, http.StatusNotFound, "itemNotFound", "stat failed")
 		return
 	}
-	grants := &d.grants
+	grants, links := &d.grants, &d.links
 	var verb string
 	switch {
 	case len(parts) == 3 && parts[1] == "root":
@@ -141,7 +144,7 @@ func (s *Server) shares(w http.ResponseWriter, r *http.Request, u *user, parts [
 			refuse(w, http.StatusNotFound, "itemNotFound", "stat failed")
 			return
 		}
-		grants = &n.grants
+		grants, links = &n.grants, &n.links
 	}
 	switch {
 	case r.Method == http.MethodGet && verb == "permissions":
@@ -159,7 +162,29 @@ func (s *Server) shares(w http.ResponseWriter, r *http.Request, u *user, parts [
 			}
 			list = append(list, p)
 		}
+		for i, l := range *links {
+			list = append(list, l.json(i))
+		}
 		reply(w, 200, map[string]any{"value": list})
+	case r.Method == http.MethodPost && verb == "createLink":
+		l, why := s.linked(body)
+		switch {
+		case !write:
+			refuse(w, http.StatusForbidden, "accessDenied", "permission denied")
+		case why != "":
+			refuse(w, http.StatusBadRequest, "invalidRequest", why)
+		case !n.folder && (l.Type == "createOnly" || l.Type == "upload"):
+			refuse(w, http.StatusBadRequest, "invalidRequest", "invalid link type")
+		case n == d.root && d.kind == "personal":
+			refuse(w, http.StatusBadRequest, "invalidRequest", "cannot create link on personal space root")
+		default:
+			if i := slices.IndexFunc(*links, func(x Link) bool { return x.Quick }); l.Quick && i >= 0 {
+				reply(w, 200, (*links)[i].json(i))
+				return
+			}
+			*links = append(*links, l)
+			reply(w, 200, l.json(len(*links)-1))
+		}
 	case r.Method == http.MethodPost && verb == "invite":
 		if !write {
 			refuse(w, http.StatusForbidden, "accessDenied", "permission denied")
@@ -179,6 +204,50 @@ func (s *Server) shares(w http.ResponseWriter, r *http.Request, u *user, parts [
 	default:
 		w.WriteHeader(http.StatusMethodNotAllowed)
 	}
+}
+
+func (l Link) json(i int) map[string]any {
+	p := map[string]any{
+		"id": fmt.Sprint("link", i), "hasPassword": l.Password != "",
+		"link": map[string]any{"type": l.Type, "@libre.graph.displayName": l.Name, "@libre.graph.quickLink": l.Quick, "webUrl": fmt.Sprint("https://cloud.example/s/", i)},
+	}
+	if l.Expires != "" {
+		p["expirationDateTime"] = l.Expires
+	}
+	return p
+}
+
+func (s *Server) linked(body map[string]any) (Link, string) {
+	var in struct {
+		Type     string `json:"type"`
+		Name     string `json:"displayName"`
+		Password string `json:"password"`
+		Quick    bool   `json:"@libre.graph.quickLink"`
+		Expires  string `json:"expirationDateTime"`
+	}
+	p, _ := json.Marshal(body)
+	dec := json.NewDecoder(bytes.NewReader(p))
+	dec.DisallowUnknownFields()
+	if dec.Decode(&in) != nil {
+		return Link{}, "invalid body schema definition"
+	}
+	l := Link{in.Type, in.Name, in.Password, in.Quick, in.Expires}
+	at, err := time.Parse(time.RFC3339, in.Expires)
+	switch {
+	case !slices.Contains([]string{"view", "upload", "edit", "createOnly", "internal"}, l.Type):
+		return l, "invalid link type"
+	case l.Type == "internal" && l.Password != "":
+		return l, "password is redundant for the internal link"
+	case l.Expires != "" && err != nil:
+		return l, "invalid body schema definition"
+	case l.Expires != "" && at.Before(time.Now()):
+		return l, "expiration date is in the past"
+	case l.Type != "internal" && l.Password == "" && s.LinkPasswords:
+		return l, "password protection is enforced"
+	case l.Password != "" && (len(l.Password) < 8 || !strings.ContainsAny(l.Password, "0123456789") || !strings.ContainsAny(l.Password, "!-") || strings.ToLower(l.Password) == l.Password):
+		return l, "at least 8 characters are required"
+	}
+	return l, ""
 }
 
 func (s *Server) invited(body map[string]any) (grant, string) {

@@ -40,6 +40,10 @@ type Server struct {
 	MaxChunk int64
 	// Impersonation allows administrators to make tokens for others.
 	Impersonation bool
+	// Purged has the server not make personal spaces, as it does not for a while after one was purged.
+	Purged bool
+	// LinkPasswords refuses public links without a password, as the product does by default.
+	LinkPasswords bool
 	// Fault is asked before each request; a status other than 0 is answered at once.
 	Fault func(*http.Request) int
 	// Cut is asked before each request: after that many bytes of its body the connection is broken;
@@ -74,6 +78,7 @@ type drive struct {
 	disabled                           bool
 	root                               *node
 	grants                             []grant // of the whole space
+	links                              []Link
 	trash                              []*trashed
 }
 
@@ -95,6 +100,7 @@ type node struct {
 	tags       []string
 	versions   []version
 	grants     []grant
+	links      []Link
 	locked     bool
 	processing int // answers left
 }
@@ -270,6 +276,14 @@ type Item struct {
 	Tags     []string
 	Versions []string // contents, oldest first
 	Grants   []Grant
+	Links    []Link
+}
+
+// Link is a public link.
+type Link struct {
+	Type, Name, Password string
+	Quick                bool
+	Expires              string
 }
 
 // Grant is what somebody may do.
@@ -292,10 +306,11 @@ func (s *Server) Items(driveID string) map[string]Item {
 		for _, v := range n.versions {
 			i.Versions = append(i.Versions, string(v.data))
 		}
-		grants := n.grants
+		grants, links := n.grants, n.links
 		if p == "" {
-			grants = d.grants
+			grants, links = d.grants, d.links
 		}
+		i.Links = slices.Clone(links)
 		for _, g := range grants {
 			i.Grants = append(i.Grants, Grant{g.id, g.role, g.group, g.actions, g.expires})
 		}
@@ -457,7 +472,9 @@ func (s *Server) login(r *http.Request) *user {
 		switch {
 		case basic && u.name == name && (u.password == secret || slices.Contains(u.tokens, secret)),
 			!basic && slices.Contains(u.tokens, bearer):
-			s.home(u)
+			if !s.Purged {
+				s.home(u)
+			}
 			return u
 		}
 	}
