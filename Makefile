@@ -42,7 +42,7 @@ bench: build deps
 	$(GO) run ./bench/run -holdfast ./holdfast -files $(FILES) -bytes $(BYTES) -n $(RUNS) -scratch $(SCRATCH) -o docs/BENCHMARKS.md
 
 # For how long the service is down, on a store of 2.6 million entries; needs root, restic, btrfs-progs
-# and 25 GB in SCRATCH. What was interrupted goes on when it is run again.
+# and 40 GB in SCRATCH. What was interrupted goes on when it is run again.
 bench-downtime: FILES = 200000
 bench-downtime: build deps
 	mkdir -p $(SCRATCH)

@@ -22,12 +22,15 @@ import (
 	"github.com/holdfast-backup/holdfast/internal/storegen"
 )
 
-// downtime measures for how long the service is down. The store lies on a btrfs in an image file, which
-// stays for the next time, as does what was measured of a run that was interrupted:
+// downtime measures for how long the service is down, on one filesystem: ext4 for what is copied, btrfs
+// for views. It lies in an image file, which stays if the run is interrupted, as does what was measured
+// until then:
 //
-//	SCRATCH/downtime-.../image         the filesystem: the store as it was made, and the one that is changed
-//	SCRATCH/downtime-.../state.json    what was measured so far, and by which program
-//	SCRATCH/downtime-.../tool-...      repositories and caches; removed at the end, but with -keep
+//	SCRATCH/downtime-.../FILESYSTEM/image       the store; on btrfs as it was made, too
+//	SCRATCH/downtime-.../FILESYSTEM/state.json  what was measured so far, and by which program
+//	SCRATCH/downtime-.../FILESYSTEM/tool-...    repositories and caches
+//
+// At the end all is removed but the image of btrfs, which can be used again; with -keep nothing is.
 //
 // For each sample 1 % of the files are changed while the service is stopped. Then Holdfast makes a
 // backup of the running service, which makes changes of its own throughout; then restic makes one, for
@@ -36,10 +39,12 @@ type downtime struct {
 	ctx    context.Context
 	o      *options
 	log    *os.File
+	fs     string
+	ways   []downWay // of Holdfast
 	dir    string
 	mnt    string
-	server string // the program
-	tools  map[string]*tool
+	server string           // the program
+	tools  map[string]*tool // restic is missing where it is not measured
 	state  downtimeState
 }
 
@@ -75,14 +80,37 @@ var downWays = []downWay{
 // serverPause is the time between two changes that the service makes.
 const serverPause = 500 * time.Millisecond
 
-func runDowntime(ctx context.Context, o *options, stdout io.Writer, log *os.File) (err error) {
-	d := &downtime{ctx: ctx, o: o, log: log, tools: map[string]*tool{}}
+func runDowntime(ctx context.Context, o *options, stdout io.Writer, log *os.File) error {
 	scratch, err := filepath.Abs(o.scratch)
 	if err != nil {
 		return err
 	}
-	d.dir = filepath.Join(scratch, fmt.Sprintf("downtime-%d-%d-%d-%d", o.files, int64(o.bytes), o.spaces, o.seed))
-	d.mnt = filepath.Join(d.dir, "mnt")
+	dir := filepath.Join(scratch, fmt.Sprintf("downtime-%d-%d-%d-%d", o.files, int64(o.bytes), o.spaces, o.seed))
+	var list []*downtime
+	for _, d := range []*downtime{{fs: "ext4", ways: downWays[1:3]}, {fs: "btrfs", ways: downWays[3:]}} {
+		d.ctx, d.o, d.log, d.tools = ctx, o, log, map[string]*tool{}
+		d.dir = filepath.Join(dir, d.fs)
+		d.mnt = filepath.Join(d.dir, "mnt")
+		if err := d.run(); err != nil {
+			return fmt.Errorf("%s: %w", d.fs, err)
+		}
+		list = append(list, d)
+	}
+	text := report(list)
+	fmt.Fprint(stdout, text)
+	if o.out != "" {
+		if err := replaceSection(o.out, downtimeKey(o), text); err != nil {
+			return err
+		}
+	}
+	for _, d := range list {
+		err = errors.Join(err, d.over())
+	}
+	return err
+}
+
+// run takes the samples that are missing.
+func (d *downtime) run() (err error) {
 	if err := os.MkdirAll(d.mnt, 0o700); err != nil {
 		return err
 	}
@@ -94,23 +122,17 @@ func runDowntime(ctx context.Context, o *options, stdout io.Writer, log *os.File
 		return err
 	}
 	defer func() { err = errors.Join(err, d.stopServer()) }()
-	if err := d.measure(); err != nil {
-		return err
-	}
-	text := d.report()
-	fmt.Fprint(stdout, text)
-	if o.out != "" {
-		if err := replaceSection(o.out, d.key(), text); err != nil {
-			return err
-		}
-	}
-	return d.over()
+	return d.measure()
 }
 
 // programs looks for holdfast and restic, and builds the server.
 func (d *downtime) programs() error {
 	b := &bench{o: d.o, scratch: d.dir}
-	for _, name := range []string{"holdfast", "restic"} {
+	names := []string{"holdfast", "restic"}
+	if d.fs == "btrfs" {
+		names = names[:1] // how long restic takes was measured on the other one
+	}
+	for _, name := range names {
 		t, err := b.newTool(name)
 		if err != nil {
 			return err
@@ -119,7 +141,7 @@ func (d *downtime) programs() error {
 		t.env = append(t.env, "HOLDFAST_STATE_DIR="+filepath.Join(t.dir, "state"), "HOLDFAST_CONFIG_FILE=/dev/null")
 		d.tools[name] = t
 	}
-	if _, err := look("mkfs.btrfs"); err != nil {
+	if _, err := look("mkfs." + d.fs); err != nil {
 		return err
 	}
 	d.server = filepath.Join(d.dir, "ocis")
@@ -128,10 +150,18 @@ func (d *downtime) programs() error {
 	return err
 }
 
-func (d *downtime) image() string    { return filepath.Join(d.dir, "image") }
-func (d *downtime) pristine() string { return filepath.Join(d.mnt, "pristine") }
-func (d *downtime) work() string     { return filepath.Join(d.mnt, "work") }
-func (d *downtime) notes() string    { return filepath.Join(d.dir, "notes") }
+func (d *downtime) image() string { return filepath.Join(d.dir, "image") }
+func (d *downtime) work() string  { return filepath.Join(d.mnt, "work") }
+
+// pristine is the store as it was made. Where there are no snapshots it is the one that is changed.
+func (d *downtime) pristine() string {
+	if d.fs == "btrfs" {
+		return filepath.Join(d.mnt, "pristine")
+	}
+	return d.work()
+}
+
+func (d *downtime) notes() string { return filepath.Join(d.dir, "notes") }
 
 func (d *downtime) unmount() error { return fssnap.Unmount(d.mnt) }
 
@@ -144,6 +174,9 @@ func (d *downtime) mount() error {
 	_, err := os.Stat(d.image())
 	fresh := errors.Is(err, os.ErrNotExist)
 	if fresh {
+		if d.fs == "ext4" {
+			need.Bytes += need.Inodes * 512 // of which half are the inodes themselves
+		}
 		if err := measure.NeedSpace(d.dir, measure.Space{Bytes: need.Bytes + 2*int64(d.o.bytes)}); err != nil {
 			return err
 		}
@@ -154,7 +187,11 @@ func (d *downtime) mount() error {
 		if err := os.Truncate(d.image(), need.Bytes+1<<30); err != nil {
 			return err
 		}
-		if err := d.command("mkfs.btrfs", "-q", "-m", "single", d.image()); err != nil {
+		options := []string{"-q", "-m", "single"}
+		if d.fs == "ext4" {
+			options = []string{"-q", "-F", "-N", strconv.FormatInt(need.Inodes, 10)}
+		}
+		if err := d.command("mkfs."+d.fs, append(options, d.image())...); err != nil {
 			return err
 		}
 	}
@@ -163,11 +200,13 @@ func (d *downtime) mount() error {
 	}
 	if _, err := storegen.ReadRecord(d.pristine()); err != nil {
 		// None, or one that was not finished.
-		if err := d.removeSubvolumes(d.work(), d.pristine()); err != nil {
+		if err := d.removeStores(); err != nil {
 			return err
 		}
-		if err := d.command("btrfs", "subvolume", "create", d.pristine()); err != nil {
-			return err
+		if d.fs == "btrfs" {
+			if err := d.command("btrfs", "subvolume", "create", d.pristine()); err != nil {
+				return err
+			}
 		}
 		fmt.Fprintf(d.log, "generating %d files, %s\n", d.o.files, measure.Size(int64(d.o.bytes)))
 		began := time.Now()
@@ -180,16 +219,19 @@ func (d *downtime) mount() error {
 	return nil
 }
 
-func (d *downtime) removeSubvolumes(paths ...string) error {
-	for _, p := range paths {
-		if _, err := os.Lstat(p); errors.Is(err, os.ErrNotExist) {
-			continue
-		}
-		if err := d.command("btrfs", "subvolume", "delete", p); err != nil {
-			return err
-		}
+// removeStores removes what is in the filesystem.
+func (d *downtime) removeStores() error {
+	if d.fs != "btrfs" {
+		return os.RemoveAll(d.work())
 	}
-	return nil
+	return errors.Join(d.removeSubvolume(d.work()), d.removeSubvolume(d.pristine()))
+}
+
+func (d *downtime) removeSubvolume(path string) error {
+	if _, err := os.Lstat(path); errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	return d.command("btrfs", "subvolume", "delete", path)
 }
 
 func (d *downtime) command(name string, args ...string) error {
@@ -241,7 +283,7 @@ func (d *downtime) measure() error {
 		}
 	}
 	for range d.o.runs {
-		for _, w := range downWays[1:] {
+		for _, w := range d.ways {
 			if len(d.state.Samples[w.name]) >= d.o.runs {
 				continue
 			}
@@ -255,11 +297,13 @@ func (d *downtime) measure() error {
 
 // begin makes the store that is changed, and both repositories.
 func (d *downtime) begin() error {
-	if err := d.removeSubvolumes(d.work()); err != nil {
-		return err
-	}
-	if err := d.command("btrfs", "subvolume", "snapshot", d.pristine(), d.work()); err != nil {
-		return err
+	if d.fs == "btrfs" {
+		if err := d.removeSubvolume(d.work()); err != nil {
+			return err
+		}
+		if err := d.command("btrfs", "subvolume", "snapshot", d.pristine(), d.work()); err != nil {
+			return err
+		}
 	}
 	for _, t := range d.tools {
 		if err := t.remove(); err != nil {
@@ -279,10 +323,10 @@ func (d *downtime) begin() error {
 	return d.save()
 }
 
-// catchUp makes a backup with both, so that the next one finds as many changes as it should.
+// catchUp makes a backup with each program, so that the next one finds as many changes as it should.
 func (d *downtime) catchUp() error {
-	for _, name := range []string{"holdfast", "restic"} {
-		c, err := d.tools[name].backup()
+	for name, t := range d.tools {
+		c, err := t.backup()
 		if err != nil {
 			return fmt.Errorf("%s: %w", name, err)
 		}
@@ -292,7 +336,7 @@ func (d *downtime) catchUp() error {
 	return d.save()
 }
 
-// sample takes one of a way of Holdfast, and one of restic.
+// sample takes one of a way of Holdfast, and one of restic where that is measured.
 func (d *downtime) sample(w downWay) error {
 	d.state.Clean = false
 	if err := d.save(); err != nil {
@@ -312,17 +356,19 @@ func (d *downtime) sample(w downWay) error {
 	}
 	fmt.Fprintf(d.log, "%d changes; %s: down for %.2f s (stop %.2f, held %.2f, start %.2f), ran for %.1f s\n",
 		c.Total(), w.name, ours.Down, ours.Stop, ours.Held, ours.Start, ours.Run)
-	theirs, err := d.restic()
-	if err != nil {
-		return err
+	d.state.Samples[w.name] = append(d.state.Samples[w.name], ours)
+	if d.tools["restic"] != nil {
+		theirs, err := d.restic()
+		if err != nil {
+			return err
+		}
+		fmt.Fprintf(d.log, "restic: down for %.2f s (stop %.2f, held %.2f, start %.2f)\n", theirs.Down, theirs.Stop, theirs.Held, theirs.Start)
+		d.state.Samples[downWays[0].name] = append(d.state.Samples[downWays[0].name], theirs)
 	}
-	fmt.Fprintf(d.log, "restic: down for %.2f s (stop %.2f, held %.2f, start %.2f)\n", theirs.Down, theirs.Stop, theirs.Held, theirs.Start)
 	if err := d.stopServer(); err != nil {
 		return err
 	}
-	// What the service did since restic read it is little, and the next backup of either takes it.
-	d.state.Samples[w.name] = append(d.state.Samples[w.name], ours)
-	d.state.Samples[downWays[0].name] = append(d.state.Samples[downWays[0].name], theirs)
+	// What the service did since it was read is little, and the next backup of either takes it.
 	d.state.Clean = true
 	return d.save()
 }
@@ -425,7 +471,7 @@ func (d *downtime) stopServer() error {
 		}
 		pid, err := strconv.Atoi(strings.TrimSpace(string(text)))
 		if err != nil {
-			return err
+			return fmt.Errorf("the id of the server: %w", err)
 		}
 		if exe, _ := os.Readlink(fmt.Sprintf("/proc/%d/exe", pid)); exe == d.server {
 			_ = syscall.Kill(pid, syscall.SIGTERM)
@@ -439,44 +485,52 @@ func (d *downtime) stopServer() error {
 
 // over removes what the next run does not need.
 func (d *downtime) over() error {
-	if d.o.keep {
+	switch {
+	case d.o.keep:
 		return nil
+	case d.fs != "btrfs":
+		return os.RemoveAll(d.dir)
 	}
 	d.state = downtimeState{}
-	err := errors.Join(d.stopServer(), d.removeSubvolumes(d.work()), d.save(), os.RemoveAll(d.notes()), os.Remove(d.server),
-		os.Remove(filepath.Join(d.dir, "server.log")))
+	err := d.command("mount", "-o", "loop,noatime", d.image(), d.mnt)
+	if err == nil {
+		err = errors.Join(d.removeSubvolume(d.work()), d.unmount())
+	}
+	err = errors.Join(err, d.save(), os.RemoveAll(d.notes()), os.Remove(d.server), os.Remove(filepath.Join(d.dir, "server.log")))
 	for _, t := range d.tools {
 		err = errors.Join(err, t.remove())
 	}
 	return err
 }
 
-func (d *downtime) key() string {
-	return fmt.Sprintf("downtime files=%d bytes=%d spaces=%d seed=%d", d.o.files, int64(d.o.bytes), d.o.spaces, d.o.seed)
+func downtimeKey(o *options) string {
+	return fmt.Sprintf("downtime files=%d bytes=%d spaces=%d seed=%d", o.files, int64(o.bytes), o.spaces, o.seed)
 }
 
-// of returns the figures of a way.
-func (d *downtime) of(w downWay, pick func(downSample) float64) measure.Spread {
-	var list []float64
-	for _, s := range d.state.Samples[w.name] {
-		list = append(list, pick(s))
-	}
-	return measure.Of(list)
-}
-
-func (d *downtime) report() string {
+// report is what was measured on all filesystems.
+func report(list []*downtime) string {
 	var w strings.Builder
+	d := list[0]
 	s := &d.state.Record.Summary
 	fmt.Fprintf(&w, "## Downtime: %s files, %s, %s filesystem entries, %g %% changed\n\n", thousands(int64(s.Files)), measure.Size(s.BlobBytes), thousands(s.Entries), d.o.changed*100)
-	m := machine(d.dir)
-	fmt.Fprintf(&w, "%s: %s, %d cores, %s memory, btrfs in an image file on %s, Linux %s, %s; holdfast `%s`, restic `%s`.\n\n", time.Now().UTC().Format("2006-01-02"),
+	m := machine(filepath.Dir(filepath.Dir(d.dir)))
+	fmt.Fprintf(&w, "%s: %s, %d cores, %s memory, ext4 and btrfs in image files on %s, Linux %s, %s; holdfast `%s`, restic `%s`.\n\n", time.Now().UTC().Format("2006-01-02"),
 		m.cpu, runtime.NumCPU(), measure.Size(m.memory), m.filesystem, m.kernel, runtime.Version(), d.tools["holdfast"].version, d.tools["restic"].version)
 	fmt.Fprintf(&w, "For how long the service was down. It is a small test server that holds the database's lock and changes a file each %s throughout, so its own stop and start are short: add those of a real server. "+
-		"Before each backup %g %% of the files were changed, all since the last backup of the same program. Seconds; median of %s, lowest and highest in brackets (restic ran after each of the others).\n\n",
+		"Before each backup %g %% of the files were changed, all since the last backup of the same program. Seconds; median of %s, lowest and highest in brackets (restic ran after each of the others on ext4).\n\n",
 		serverPause, d.o.changed*100, runsText(d.o.runs))
 	w.WriteString("| way | service down | its stop | held | its start | whole run | down, against restic | down, against stopped throughout |\n|---|---:|---:|---:|---:|---:|---:|---:|\n")
+	of := func(way downWay, pick func(downSample) float64) measure.Spread {
+		var figures []float64
+		for _, d := range list {
+			for _, s := range d.state.Samples[way.name] {
+				figures = append(figures, pick(s))
+			}
+		}
+		return measure.Of(figures)
+	}
 	down := func(s downSample) float64 { return s.Down }
-	theirs, stopped := d.of(downWays[0], down).Median, d.of(downWays[1], down).Median
+	theirs, stopped := of(downWays[0], down).Median, of(downWays[1], down).Median
 	ratio := func(v, base float64) string {
 		if base <= 0 {
 			return "–"
@@ -484,7 +538,7 @@ func (d *downtime) report() string {
 		return strconv.FormatFloat(v/base, 'f', 3, 64)
 	}
 	for i, way := range downWays {
-		med := d.of(way, down).Median
+		med := of(way, down).Median
 		against := []string{"–", "–"}
 		if i > 0 {
 			against[0] = ratio(med, theirs)
@@ -492,9 +546,9 @@ func (d *downtime) report() string {
 		if i > 1 {
 			against[1] = ratio(med, stopped)
 		}
-		fmt.Fprintf(&w, "| %s | %s | %s | %s | %s | %s | %s | %s |\n", way.name, spread(d.of(way, down)),
-			spread(d.of(way, func(s downSample) float64 { return s.Stop })), spread(d.of(way, func(s downSample) float64 { return s.Held })),
-			spread(d.of(way, func(s downSample) float64 { return s.Start })), spread(d.of(way, func(s downSample) float64 { return s.Run })), against[0], against[1])
+		fmt.Fprintf(&w, "| %s | %s | %s | %s | %s | %s | %s | %s |\n", way.name, spread(of(way, down)),
+			spread(of(way, func(s downSample) float64 { return s.Stop })), spread(of(way, func(s downSample) float64 { return s.Held })),
+			spread(of(way, func(s downSample) float64 { return s.Start })), spread(of(way, func(s downSample) float64 { return s.Run })), against[0], against[1])
 	}
 	fmt.Fprintf(&w, "\n    make bench-downtime FILES=%d BYTES=%dB RUNS=%d\n", d.o.files, int64(d.o.bytes), d.o.runs)
 	for _, way := range downWays[1:] {

@@ -76,7 +76,7 @@ func parse(args []string, stderr *os.File) (*options, error) {
 	f.BoolVar(&o.borg, "borg", false, "measure borg too")
 	f.BoolVar(&o.verify, "verify", true, "compare what was restored and check the repositories, outside the timing")
 	f.BoolVar(&o.keep, "keep", false, "leave repositories and restored files behind")
-	f.BoolVar(&o.downtime, "downtime", false, "measure for how long the service is down instead, on btrfs on a loop device; needs root")
+	f.BoolVar(&o.downtime, "downtime", false, "measure for how long the service is down instead, on ext4 and btrfs on loop devices; needs root")
 	f.StringVar(&o.out, "o", "", "Markdown file in which the section for these sizes is replaced or added")
 	if err := f.Parse(args); err != nil {
 		return nil, err

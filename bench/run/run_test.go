@@ -140,13 +140,13 @@ func TestDowntime(t *testing.T) {
 	if err != nil || strings.Contains(string(mounts), scratch) {
 		t.Errorf("it is still mounted: %v", err)
 	}
-	// The store is kept for the next time, and a state that says that nothing was measured.
-	left, err := filepath.Glob(filepath.Join(scratch, "s/downtime-*/*"))
+	// The store that can be used again is kept, and a state that says that nothing was measured.
+	left, err := filepath.Glob(filepath.Join(scratch, "s/downtime-*/*/*"))
 	var names []string
 	for _, l := range left {
-		names = append(names, filepath.Base(l))
+		names = append(names, filepath.Base(filepath.Dir(l))+"/"+filepath.Base(l))
 	}
-	if err != nil || strings.Join(names, " ") != "image mnt state.json" {
+	if err != nil || strings.Join(names, " ") != "btrfs/image btrfs/mnt btrfs/state.json" {
 		t.Errorf("left behind: %q %v", names, err)
 	}
 }

@@ -73,7 +73,7 @@ Blobs that are stored already are not read again.
 	f.blobs.add(c)
 	fs := c.Flags()
 	fs.BoolVar(&f.cold, "cold", false, "read nothing before the stop")
-	fs.DurationVar(&f.targetDowntime, "target-downtime", 5*time.Second, "go on copying before the stop until this would do for the rest")
+	fs.DurationVar(&f.targetDowntime, "target-downtime", backup.DefaultTargetDowntime, "go on copying before the stop until this would do for the rest")
 	fs.BoolVar(&f.excludeIndex, "exclude-index", false, "leave the search index out; it must be made anew after a restore")
 	fs.BoolVar(&f.excludeThumbnails, "exclude-thumbnails", false, "leave thumbnails out; the server makes them anew")
 	fs.BoolVar(&f.saveImage, "save-image", false, "save the container image itself, too")

@@ -37,8 +37,9 @@ import (
 //go:embed README.snapshot.md
 var readme []byte
 
-// DefaultTargetDowntime is what users hardly notice beside the server's own stop and start.
-const DefaultTargetDowntime = 5 * time.Second
+// DefaultTargetDowntime is little beside the server's own stop and start. A pass more costs nobody
+// anything but a moment of the processor, while the service runs.
+const DefaultTargetDowntime = time.Second
 
 // Options of one backup. Repo must be locked and its index loaded.
 type Options struct {
