@@ -19,6 +19,7 @@ import (
 // remoteCommands are the commands of scripts that start servers.
 var remoteCommands = map[string]func(ts *testscript.TestScript, neg bool, args []string){
 	"s3server":   cmdS3Server,
+	"objects":    cmdObjects,
 	"restserver": cmdRESTServer,
 	"sftpserver": cmdSFTPServer,
 	"nowhere":    cmdNowhere,
@@ -30,7 +31,7 @@ func withRemote(m map[string]func(ts *testscript.TestScript, neg bool, args []st
 }
 
 // s3server: starts an S3 server until the end of the script. $S3 is its address, and the variables of
-// the AWS tools give all rights; $S3_SECRET is the secret key.
+// the AWS tools give all rights; $S3_ACCESS and $S3_SECRET are the keys.
 func cmdS3Server(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) > 0 {
 		ts.Fatalf("usage: s3server")
@@ -41,6 +42,7 @@ func cmdS3Server(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(err)
 	ts.Defer(srv.Stop)
 	ts.Setenv("S3", srv.Endpoint)
+	ts.Setenv("S3_ACCESS", srv.AccessKey)
 	ts.Setenv("S3_SECRET", srv.SecretKey)
 	for _, kv := range srv.Env() {
 		name, value, _ := strings.Cut(kv, "=")
