@@ -82,7 +82,7 @@ func Run(ctx context.Context, r *repo.Repository, sn *snapshot.Snapshot, inst *o
 	if err != nil {
 		return nil, err
 	}
-	c := &comparer{r: r, root: *sn.Tree, o: o, rep: &Report{Moment: moment(sn, m)}, trees: map[id.ID]*snapshot.Tree{}}
+	c := &comparer{r: r, root: *sn.Tree, o: o, rep: &Report{Moment: moment(sn, m)}, find: snapshot.NewFinder(r, *sn.Tree)}
 	c.before = c.rep.Moment.Add(-slack)
 	c.ev = progress.Event{Kind: progress.Start, Phase: "compare", Unit: "entries"}
 	o.Progress.Emit(c.ev)
@@ -148,7 +148,7 @@ type comparer struct {
 	o      Options
 	rep    *Report
 	before time.Time
-	trees  map[id.ID]*snapshot.Tree // the last ones
+	find   *snapshot.Finder
 	ev     progress.Event
 	buf    []byte
 }
@@ -620,19 +620,18 @@ func (c *comparer) tarItem(ctx context.Context, h *pax.Header, data io.Reader) (
 		return nil, errors.New("the name leads out of the store")
 	}
 	it := &item{rel: rel, mode: h.Mode, uid: h.UID, gid: h.GID, mtime: time.Unix(h.Sec, h.Nsec), size: h.Size, xattrs: map[string]string{}}
-	for k, v := range h.Records {
-		if x, ok := strings.CutPrefix(k, pax.Xattr); ok && !strings.HasPrefix(x, snapshot.AttrPrefix) {
-			it.xattrs[pax.XattrName(x)] = v
-		}
+	for _, x := range snapshot.EntryXattrs(h) {
+		it.xattrs[x.Name] = string(x.Value)
+	}
+	var ok bool
+	if it.typ, ok = snapshot.EntryType(h); !ok {
+		return nil, fmt.Errorf("an entry of the unknown type %q", h.Type)
 	}
 	switch h.Type {
 	case '0':
-		it.typ, it.data = snapshot.File, data
-		if h.Records[pax.Type] == pax.Socket {
-			it.typ = snapshot.Socket
-		}
+		it.data = data
 		if p := h.Records[pax.Content]; p != "" {
-			n, err := c.lookup(ctx, p)
+			n, err := c.find.File(ctx, p)
 			if err != nil {
 				return nil, err
 			}
@@ -645,50 +644,11 @@ func (c *comparer) tarItem(ctx context.Context, h *pax.Header, data io.Reader) (
 			}
 		}
 	case '1':
-		it.typ, it.hard = snapshot.File, strings.TrimPrefix(h.Link, "./")
+		it.hard = strings.TrimPrefix(h.Link, "./")
 	case '2':
-		it.typ, it.link = snapshot.Symlink, h.Link
-	case '3':
-		it.typ, it.rdev = snapshot.CharDev, unix.Mkdev(h.Major, h.Minor)
-	case '4':
-		it.typ, it.rdev = snapshot.Dev, unix.Mkdev(h.Major, h.Minor)
-	case '5':
-		it.typ = snapshot.Dir
-	case '6':
-		it.typ = snapshot.FIFO
-	default:
-		return nil, fmt.Errorf("an entry of the unknown type %q", h.Type)
+		it.link = h.Link
+	case '3', '4':
+		it.rdev = unix.Mkdev(h.Major, h.Minor)
 	}
 	return it, nil
-}
-
-// maxTrees is how many trees are remembered: contents of neighbours lie in the same folders.
-const maxTrees = 256
-
-// lookup finds a file of the snapshot.
-func (c *comparer) lookup(ctx context.Context, p string) (*snapshot.Node, error) {
-	n := &snapshot.Node{Type: snapshot.Dir, Subtree: c.root}
-	for _, name := range strings.Split(strings.Trim(p, "/"), "/") {
-		if n.Type != snapshot.Dir {
-			return nil, fmt.Errorf("%q: %w", p, snapshot.ErrNoSuchPath)
-		}
-		t := c.trees[n.Subtree]
-		if t == nil {
-			var err error
-			if t, err = snapshot.LoadTree(ctx, c.r, n.Subtree); err != nil {
-				return nil, err
-			}
-			if len(c.trees) >= maxTrees {
-				clear(c.trees)
-			}
-			c.trees[n.Subtree] = t
-		}
-		if n = t.Find(name); n == nil {
-			return nil, fmt.Errorf("%q: %w", p, snapshot.ErrNoSuchPath)
-		}
-	}
-	if n.Type != snapshot.File {
-		return nil, fmt.Errorf("%q: %w", p, snapshot.ErrNoSuchPath)
-	}
-	return n, nil
 }

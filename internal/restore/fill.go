@@ -364,6 +364,37 @@ func (j *job) seal(fd int) error {
 // compare reads the file that is there and tells whether it has the content of the snapshot. If
 // so, its metadata is set right.
 func (j *job) compare(r *run) (bool, error) {
+	return j.compareBy(r, func(fd int, buf []byte) (bool, error) {
+		h := sha256.New()
+		off := int64(0)
+		for _, d := range j.ids {
+			n, _ := r.repo.Size(repo.DataBlob, d)
+			h.Reset()
+			for end := off + n; off < end; {
+				if r.ctx.Err() != nil {
+					return false, r.cause()
+				}
+				m, err := pread(fd, buf[:min(int64(len(buf)), end-off)], off)
+				if err != nil {
+					return false, fmt.Errorf("read: %w", err)
+				}
+				if m == 0 {
+					return false, nil
+				}
+				h.Write(buf[:m])
+				off += int64(m)
+			}
+			if id.ID(h.Sum(nil)) != d {
+				return false, nil
+			}
+		}
+		return true, nil
+	})
+}
+
+// compareBy tells whether the file that is there has the right size and, by same, the right content, and then
+// sets its metadata right. same is not asked if times are trusted.
+func (j *job) compareBy(r *run, same func(fd int, buf []byte) (bool, error)) (bool, error) {
 	dir, name := splitPath(j.rel)
 	parent, err := j.d.root.openDir(dir)
 	if err != nil {
@@ -384,28 +415,8 @@ func (j *job) compare(r *run) (bool, error) {
 	if !r.trustTimes || !j.meta.sameTime(st) {
 		buf := r.buffer()
 		defer r.buffers.Put(buf)
-		h := sha256.New()
-		off := int64(0)
-		for _, d := range j.ids {
-			n, _ := r.repo.Size(repo.DataBlob, d)
-			h.Reset()
-			for end := off + n; off < end; {
-				if r.ctx.Err() != nil {
-					return false, r.cause()
-				}
-				m, err := pread(fd, (*buf)[:min(int64(len(*buf)), end-off)], off)
-				if err != nil {
-					return false, fmt.Errorf("read: %w", err)
-				}
-				if m == 0 {
-					return false, nil
-				}
-				h.Write((*buf)[:m])
-				off += int64(m)
-			}
-			if id.ID(h.Sum(nil)) != d {
-				return false, nil
-			}
+		if ok, err := same(fd, *buf); err != nil || !ok {
+			return false, err
 		}
 	}
 	r.bytes.Add(j.size)

@@ -127,19 +127,17 @@ func tarEntry(h *pax.Header, data io.Reader, archive string) (*entry, error) {
 			return e, err
 		}
 	}
-	for k, v := range h.Records {
-		if x, ok := strings.CutPrefix(k, pax.Xattr); ok && !strings.HasPrefix(x, snapshot.AttrPrefix) {
-			e.meta.xattrs = append(e.meta.xattrs, snapshot.Xattr{Name: pax.XattrName(x), Value: []byte(v)})
-		}
+	e.meta.xattrs = snapshot.EntryXattrs(h)
+	var ok bool
+	if e.typ, ok = snapshot.EntryType(h); !ok {
+		return e, refused("unknown type %q", string(h.Type))
 	}
-	slices.SortFunc(e.meta.xattrs, func(a, b snapshot.Xattr) int { return strings.Compare(a.Name, b.Name) })
 	switch h.Type {
 	case '0':
-		e.typ, e.size = snapshot.File, h.Size
-		if h.Records[pax.Type] == pax.Socket {
-			e.typ, e.size = snapshot.Socket, 0
+		if e.typ == snapshot.Socket {
 			return e, nil
 		}
+		e.size = h.Size
 		if c := h.Records[pax.Content]; c != "" {
 			n, err := strconv.ParseUint(h.Records[pax.Size], 10, 62)
 			if err != nil {
@@ -153,20 +151,12 @@ func tarEntry(h *pax.Header, data io.Reader, archive string) (*entry, error) {
 		e.holes, err = pax.ParseHoles(h.Records[pax.Holes], e.size)
 		return e, err
 	case '1':
-		e.typ, e.hardlink = snapshot.File, strings.TrimPrefix(h.Link, "./")
+		e.hardlink = strings.TrimPrefix(h.Link, "./")
 		return e, checkPath(e.hardlink)
 	case '2':
-		e.typ, e.link = snapshot.Symlink, h.Link
-	case '3':
-		e.typ, e.rdev = snapshot.CharDev, unix.Mkdev(h.Major, h.Minor)
-	case '4':
-		e.typ, e.rdev = snapshot.Dev, unix.Mkdev(h.Major, h.Minor)
-	case '5':
-		e.typ = snapshot.Dir
-	case '6':
-		e.typ = snapshot.FIFO
-	default:
-		return e, refused("unknown type %q", string(h.Type))
+		e.link = h.Link
+	case '3', '4':
+		e.rdev = unix.Mkdev(h.Major, h.Minor)
 	}
 	return e, nil
 }

@@ -402,49 +402,26 @@ func (j *job) copyPicture(fd int, src *os.File) error {
 }
 
 // comparePicture tells whether the file that is there has the content of the picture. If so, its metadata
-// is set right.
+// is set right; if not, src is at its beginning.
 func (j *job) comparePicture(r *run, src *os.File) (bool, error) {
-	dir, name := splitPath(j.rel)
-	parent, err := j.d.root.openDir(dir)
-	if err != nil {
-		return false, err
-	}
-	defer unix.Close(parent)
-	fd, st, err := openRegular(parent, name)
-	if errors.Is(err, unix.EACCES) { // our own, but closed to us: write it again
-		return false, nil
-	}
-	if err != nil {
-		return false, err
-	}
-	defer unix.Close(fd)
-	if !r.trustTimes || !j.meta.sameTime(st) {
-		cmp := &comparer{r: src, fd: fd, same: st.Size == j.size}
-		buf := r.buffer()
-		defer r.buffers.Put(buf)
+	same, err := j.compareBy(r, func(fd int, buf []byte) (bool, error) {
+		cmp := &comparer{r: src, fd: fd, same: true}
 		for cmp.same {
 			if r.ctx.Err() != nil {
 				return false, r.cause()
 			}
-			if _, err := cmp.Read(*buf); err == io.EOF {
+			if _, err := cmp.Read(buf); err == io.EOF {
 				break
 			} else if err != nil {
 				return false, fmt.Errorf("read the picture: %w", err)
 			}
 		}
-		if !cmp.same {
-			_, err := src.Seek(0, io.SeekStart)
-			return false, err
-		}
+		return cmp.same, nil
+	})
+	if err == nil && !same {
+		_, err = src.Seek(0, io.SeekStart)
 	}
-	r.bytes.Add(j.size)
-	if r.dry {
-		add(&j.d.res.Unchanged, 1)
-		return true, nil
-	}
-	changed, err := j.d.setMeta(fd, st, &j.meta, true)
-	j.d.count(changed)
-	return true, err
+	return same, err
 }
 
 // clones tells whether all destinations can share contents with their pictures. It tries, with a file
