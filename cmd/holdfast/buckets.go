@@ -3,13 +3,19 @@ package main
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
+	"io"
+	"io/fs"
+	"strings"
+	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/holdfast-backup/holdfast/internal/backup"
 	"github.com/holdfast-backup/holdfast/internal/bucket"
+	"github.com/holdfast-backup/holdfast/internal/consistency"
 	"github.com/holdfast-backup/holdfast/internal/discover"
 	"github.com/holdfast-backup/holdfast/internal/ocis"
 	"github.com/holdfast-backup/holdfast/internal/restore"
@@ -177,6 +183,62 @@ func (a *app) openSource(ctx context.Context, inst *ocis.Instance, st *snapshot.
 	}
 }
 
+// bucketOf opens the bucket of a store of the instance at hand.
+func (a *app) bucketOf(ctx context.Context, s *ocis.S3) (*bucket.Bucket, error) {
+	id, key, err := a.bucketKeys()
+	if err != nil {
+		return nil, err
+	}
+	o := backup.BlobOptions{AccessKey: id, SecretKey: key}
+	return bucket.Open(ctx, o.BucketOf(s))
+}
+
+// blobsIn are the blobs of a bucket, by their ids.
+type blobsIn struct{ b *bucket.Bucket }
+
+// List implements consistency.Blobs. What is no blob of the space, such as a copy that a restore put aside, is
+// no business of its.
+func (x blobsIn) List(ctx context.Context, space string, fn func(consistency.BlobInfo) error) error {
+	var mu sync.Mutex
+	return x.b.List(ctx, space+"/", func(o bucket.Object) error {
+		blob := strings.ReplaceAll(strings.TrimPrefix(o.Key, space+"/"), "/", "")
+		if bucket.Key(space, blob) != o.Key {
+			return nil
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		sum, _ := o.MD5()
+		return fn(consistency.BlobInfo{ID: blob, Size: o.Size, Modified: o.Modified, MD5: sum})
+	})
+}
+
+// Open implements consistency.Blobs.
+func (x blobsIn) Open(ctx context.Context, space, blob string) (io.ReadCloser, error) {
+	r, err := x.b.Get(ctx, bucket.Key(space, blob), "")
+	if errors.Is(err, bucket.ErrNotFound) { // as instances from before May 2022 called it
+		r, err = x.b.Get(ctx, bucket.FormerKey(blob), "")
+	}
+	if errors.Is(err, bucket.ErrNotFound) {
+		return nil, &fs.PathError{Op: "read", Path: bucket.Key(space, blob), Err: fs.ErrNotExist}
+	}
+	if err != nil {
+		return nil, err
+	}
+	return r, nil
+}
+
+// object opens an object by its key.
+func (x blobsIn) object(ctx context.Context, key, version string) (io.ReadCloser, error) {
+	r, err := x.b.Get(ctx, key, version)
+	if errors.Is(err, bucket.ErrNotFound) {
+		return nil, &fs.PathError{Op: "read", Path: key, Err: fs.ErrNotExist}
+	}
+	if err != nil {
+		return nil, err
+	}
+	return r, nil
+}
+
 // accessLines tell what the keys of a store's bucket may do.
 func accessLines(b *bucket.Bucket, list []bucket.Access) []string {
 	out := []string{"  " + ui.Clean(b.String())}
@@ -198,18 +260,13 @@ func accessLines(b *bucket.Bucket, list []bucket.Access) []string {
 // showAccess tells what the keys of the instance's buckets may do. What a backup needs and does not have is
 // an error.
 func (a *app) showAccess(ctx context.Context, inst *ocis.Instance) error {
-	id, key, err := a.bucketKeys()
-	if err != nil {
-		return err
-	}
 	var failed error
 	for i := range inst.Stores {
 		s := &inst.Stores[i]
 		if s.S3 == nil {
 			continue
 		}
-		o := backup.BlobOptions{AccessKey: id, SecretKey: key}
-		b, err := bucket.Open(ctx, o.BucketOf(s.S3))
+		b, err := a.bucketOf(ctx, s.S3)
 		if err != nil {
 			return err
 		}
@@ -321,7 +378,7 @@ func (a *app) restoreObjects(ctx context.Context, m *snapshot.Manifest, f *resto
 		}
 		o := &restore.Objects{Read: of.read, Delete: of.delete}
 		out[st.Name] = o
-		inst := a.instanceThere(ctx, m, f)
+		inst := a.instanceThere(ctx, m, &f.place)
 		if o.Source, err = a.openSource(ctx, inst, st); err != nil {
 			return out, fmt.Errorf("the contents of store %s: %w", ui.Quote(st.Name), err)
 		}
@@ -355,13 +412,13 @@ func (a *app) restoreObjects(ctx context.Context, m *snapshot.Manifest, f *resto
 
 // instanceThere looks for the configuration of the server at the destination, for the keys of its bucket.
 // nil: there is none yet.
-func (a *app) instanceThere(ctx context.Context, m *snapshot.Manifest, f *restoreFlags) *ocis.Instance {
+func (a *app) instanceThere(ctx context.Context, m *snapshot.Manifest, p *placeFlags) *ocis.Instance {
 	if id, _, err := a.bucketKeys(); err != nil || id != "" {
 		return nil
 	}
 	inst, err := discover.Discover(ctx, discover.Options{
-		BaseDataPath: cmp.Or(f.place.baseDataPath, m.BasePath), ConfigDir: cmp.Or(f.place.configDir, m.ConfigDir),
-		Container: f.place.container, Unit: f.place.unit, EnvFiles: f.place.envFiles, NoSizes: true, Environ: a.environ,
+		BaseDataPath: cmp.Or(p.baseDataPath, m.BasePath), ConfigDir: cmp.Or(p.configDir, m.ConfigDir),
+		Container: p.container, Unit: p.unit, EnvFiles: p.envFiles, NoSizes: true, Environ: a.environ,
 	})
 	if err != nil {
 		return nil

@@ -13,6 +13,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/holdfast-backup/holdfast/internal/bucket"
 	"github.com/holdfast-backup/holdfast/internal/consistency"
 	"github.com/holdfast-backup/holdfast/internal/discover"
 	"github.com/holdfast-backup/holdfast/internal/freeze"
@@ -99,10 +100,24 @@ func (a *app) consistencyHere(ctx context.Context, f *consistencyFlags) error {
 		}
 		defer d.Close()
 		roots = append(roots, st.Root)
-		list = append(list, consistency.Store{
+		s := consistency.Store{
 			Name: st.Name, Place: d, Layout: string(st.Layout), Prefix: st.Prefix,
 			Remote: st.S3 != nil || remoteDriver(st.Driver),
-		})
+		}
+		if st.S3 != nil {
+			b, err := a.bucketOf(ctx, st.S3)
+			var keys *bucket.KeysError
+			switch {
+			case errors.As(err, &keys): // the rest can be checked
+				a.ui.Warn("%v: its objects are not looked at", err)
+			case err != nil:
+				return fmt.Errorf("the blobs of store %s: %w", ui.Quote(st.Name), err)
+			default:
+				defer b.Close()
+				s.Blobs = blobsIn{b}
+			}
+		}
+		list = append(list, s)
 	}
 	for _, d := range inst.DataSets {
 		if d.Found {
@@ -122,7 +137,8 @@ func (a *app) consistencyHere(ctx context.Context, f *consistencyFlags) error {
 
 // remoteDriver tells the drivers that keep blobs in a bucket.
 func remoteDriver(driver string) bool {
-	return slices.Contains([]string{"s3ng", "decomposed_s3", "decomposeds3"}, driver)
+	_, ok := s3Drivers[driver]
+	return ok
 }
 
 // consistencyOf checks a snapshot.
@@ -153,10 +169,22 @@ func (a *app) consistencyOf(ctx context.Context, arg string, f *consistencyFlags
 		var list []consistency.Store
 		for i := range m.Stores {
 			st := &m.Stores[i]
-			list = append(list, consistency.Store{
-				Name: st.Name, Place: consistency.NewTars(r, *sn.Tree, st), Layout: st.Layout, Prefix: st.Prefix,
-				Remote: remoteDriver(st.Driver),
-			})
+			tars := consistency.NewTars(r, *sn.Tree, st)
+			if st.Bucket != nil && st.Bucket.Way != snapshot.WayCopy {
+				src, err := a.openSource(ctx, a.instanceThere(ctx, m, &f.place), st)
+				var keys *bucket.KeysError
+				switch {
+				case errors.As(err, &keys):
+					a.ui.Warn("%v: the contents of store %s, which are there, are not looked at", err, ui.Quote(st.Name))
+				case err != nil:
+					return fmt.Errorf("the contents of store %s: %w", ui.Quote(st.Name), err)
+				default:
+					defer src.Close()
+					tars.Object = blobsIn{src}.object
+				}
+			}
+			// The archives name objects as if they were files.
+			list = append(list, consistency.Store{Name: st.Name, Place: tars, Layout: st.Layout, Prefix: st.Prefix, Remote: remoteDriver(st.Driver) && st.Bucket == nil})
 		}
 		return a.consistency(ctx, list, consistency.Options{}, f)
 	})

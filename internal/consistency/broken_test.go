@@ -519,3 +519,43 @@ func compare(t *testing.T, wants []want, got []consistency.Finding) {
 		t.Errorf("want %v", wants)
 	}
 }
+
+// TestBrokenBucket: what is wrong with objects is named, and nothing else; a bucket whose ETags are no checksums of
+// contents makes no damage.
+func TestBrokenBucket(t *testing.T) {
+	dir := testfixture.Unpack(t, testfixture.OCISWithS3Blobs)
+	b := &breaker{t: t, prefix: ocis.PrefixOCIS, users: filepath.Join(dir, "data/storage/users"), system: filepath.Join(dir, "data/storage/metadata")}
+	objects := &bucket{dir: filepath.Join(dir, "bucket")}
+	st := stores(t, testfixture.OCISWithS3Blobs, dir)
+	st[0].Blobs = objects
+	o := consistency.Options{Now: time.Now()}
+	clean, _ := check(t, st, o)
+	before := map[string]int{}
+	for _, f := range clean {
+		before[mark(f)]++
+	}
+	p := b.at(alan, "Round 0/dup1.bin")
+	object := filepath.Join(objects.dir, alan, ocis.NodePath(p.attrs().Text("blobid")))
+	data, err := os.ReadFile(object)
+	b.must(err)
+	for _, c := range []struct {
+		name   string
+		damage func()
+		want   []want
+	}{
+		{"an object is gone", func() { b.remove(object) }, []want{{consistency.BlobMissing, "/Round 0/dup1.bin"}}},
+		{"an object is cut off", func() { b.write(object, data[:100]) }, []want{{consistency.BlobSize, "/Round 0/dup1.bin"}}},
+		{"another content of the same size", func() { b.write(object, bytes.Repeat([]byte("x"), len(data))) }, []want{{consistency.BlobChecksum, "/Round 0/dup1.bin"}}},
+		{"an object of nobody", func() {
+			b.write(filepath.Join(objects.dir, alan, ocis.NodePath(nowhere)), []byte("nobody's"))
+		}, []want{{consistency.BlobOrphaned, "/blobs/de/ad/be/ef/"}}},
+		{"ETags that are no checksums", func() { objects.encrypted = true }, nil},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			defer b.back()
+			c.damage()
+			found, _ := check(t, st, o)
+			compare(t, c.want, fresh(before, found))
+		})
+	}
+}

@@ -22,6 +22,8 @@ type checker struct {
 	// spaces are all spaces of stores that hold users' files, by id.
 	spaces map[string]*spaceInfo
 	limits map[string]bool
+	// oddMD5s counts blobs that are right though the bucket has another MD5 of them.
+	oddMD5s int
 	// nameless tells that a space has lost its id, which indexes and shares may speak of.
 	nameless bool
 }

@@ -92,10 +92,20 @@ type Finding struct {
 
 // Blobs reads the blobs of a store that has none itself, because they lie in a bucket.
 type Blobs interface {
-	// List calls fn for each blob of the space, in any order. modified is zero if it is not known.
-	List(ctx context.Context, space string, fn func(blob string, size int64, modified time.Time) error) error
+	// List calls fn for each blob of the space, one after the other in any order.
+	List(ctx context.Context, space string, fn func(BlobInfo) error) error
 	// Open returns the content of a blob, or an error that is fs.ErrNotExist.
 	Open(ctx context.Context, space, blob string) (io.ReadCloser, error)
+}
+
+// BlobInfo is what a bucket says of one blob.
+type BlobInfo struct {
+	ID       string
+	Size     int64
+	Modified time.Time // zero if it is not known
+	// MD5 is what the bucket takes for the checksum of the content, hexadecimal, or "". It is another one where
+	// contents are encrypted, so that a difference makes the check read the blob, and is no finding itself.
+	MD5 string
 }
 
 // Store is one store to check.

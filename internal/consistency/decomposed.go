@@ -3,10 +3,10 @@ package consistency
 import (
 	"bufio"
 	"context"
+	"encoding/hex"
 	"errors"
 	"io/fs"
 	"strings"
-	"time"
 
 	"github.com/holdfast-backup/holdfast/internal/ocis"
 )
@@ -54,12 +54,13 @@ func (s *spaceCheck) decomposed(ctx context.Context) error {
 		return err
 	}
 	if s.st.Remote && s.st.Blobs != nil {
-		err := s.st.Blobs.List(ctx, s.sp.ID, func(id string, size int64, modified time.Time) error {
-			b := s.t.blobs.at(s.t.blobAt(id))
-			b.size = size
-			if !modified.IsZero() {
-				b.mtime = modified.UnixNano()
+		err := s.st.Blobs.List(ctx, s.sp.ID, func(i BlobInfo) error {
+			b := s.t.blobs.at(s.t.blobAt(i.ID))
+			b.size = i.Size
+			if !i.Modified.IsZero() {
+				b.mtime = i.Modified.UnixNano()
 			}
+			b.odd = b.sum && i.MD5 != "" && i.MD5 != hex.EncodeToString(b.md5[:])
 			return nil
 		})
 		if err != nil {

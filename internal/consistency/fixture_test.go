@@ -2,6 +2,7 @@ package consistency_test
 
 import (
 	"context"
+	"crypto/md5"
 	"fmt"
 	"io"
 	"io/fs"
@@ -9,7 +10,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/holdfast-backup/holdfast/internal/consistency"
 	"github.com/holdfast-backup/holdfast/internal/ocis"
@@ -17,9 +17,13 @@ import (
 )
 
 // bucket reads the blobs of a fixture whose server kept them in a bucket: one file per object.
-type bucket struct{ dir string }
+type bucket struct {
+	dir string
+	// encrypted: what looks like MD5s are none.
+	encrypted bool
+}
 
-func (b bucket) List(_ context.Context, space string, fn func(string, int64, time.Time) error) error {
+func (b bucket) List(_ context.Context, space string, fn func(consistency.BlobInfo) error) error {
 	top := filepath.Join(b.dir, space)
 	return filepath.WalkDir(top, func(p string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
@@ -33,7 +37,15 @@ func (b bucket) List(_ context.Context, space string, fn func(string, int64, tim
 			return err
 		}
 		rel, _ := filepath.Rel(top, p)
-		return fn(strings.ReplaceAll(rel, "/", ""), fi.Size(), fi.ModTime())
+		data, err := os.ReadFile(p)
+		if err != nil {
+			return err
+		}
+		sum := md5.Sum(data)
+		if b.encrypted {
+			sum[0]++
+		}
+		return fn(consistency.BlobInfo{ID: strings.ReplaceAll(rel, "/", ""), Size: fi.Size(), Modified: fi.ModTime(), MD5: fmt.Sprintf("%x", sum)})
 	})
 }
 
@@ -54,7 +66,7 @@ func stores(t testing.TB, name, dir string) []consistency.Store {
 			case testfixture.OCIS:
 				st.Prefix = ocis.PrefixOCIS
 			case testfixture.OCISWithS3Blobs:
-				st.Prefix, st.Remote, st.Blobs = ocis.PrefixOCIS, true, bucket{filepath.Join(dir, "bucket")}
+				st.Prefix, st.Remote, st.Blobs = ocis.PrefixOCIS, true, bucket{dir: filepath.Join(dir, "bucket")}
 			}
 		}
 		d, err := consistency.OpenDir(filepath.Join(dir, "data/storage", s.root), st.Layout, st.Prefix)

@@ -162,7 +162,10 @@ type node struct {
 type blob struct {
 	id    key
 	sha1  [20]byte
+	md5   [16]byte
 	has   bool // sha1 is known
+	sum   bool // md5 is known
+	odd   bool // the bucket says another MD5
 	sizes bool // metadata says different sizes in different places
 	want  int64
 	size  int64 // -1 if it is not there

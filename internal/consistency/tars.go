@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"path"
 	"strconv"
 	"strings"
@@ -18,15 +19,27 @@ import (
 
 // Tars is a store in a snapshot: its archives, and the files that hold the contents.
 type Tars struct {
-	l     snapshot.BlobLoader
-	root  id.ID
-	st    *snapshot.Store
-	trees map[string]*snapshot.Tree
+	l    snapshot.BlobLoader
+	root id.ID
+	st   *snapshot.Store
+	find *snapshot.Finder
+	// Object opens an object of a bucket that has contents which the repository does not have, or gives an
+	// error that is fs.ErrNotExist; nil: they are not read.
+	Object func(ctx context.Context, key, version string) (io.ReadCloser, error)
 }
+
+// errNoContent says that a content lies in a bucket that cannot be reached.
+var errNoContent = errors.New("its content is in a bucket")
+
+// objectGone says that an object is gone that a snapshot names.
+type objectGone struct{ err error }
+
+func (e *objectGone) Error() string { return e.err.Error() }
+func (e *objectGone) Unwrap() error { return e.err }
 
 // NewTars returns the store st of the snapshot whose root tree is root.
 func NewTars(l snapshot.BlobLoader, root id.ID, st *snapshot.Store) *Tars {
-	return &Tars{l: l, root: root, st: st, trees: map[string]*snapshot.Tree{}}
+	return &Tars{l: l, root: root, st: st, find: snapshot.NewFinder(l, root)}
 }
 
 func (t *Tars) base() string { return "/storage/" + t.st.Name }
@@ -57,7 +70,7 @@ var errStop = errors.New("enough")
 
 // each reads an archive.
 func (t *Tars) each(ctx context.Context, tar string, fn func(h *pax.Header, r io.Reader) error) error {
-	n, err := t.lookup(ctx, tar)
+	n, err := t.find.File(ctx, tar)
 	if err != nil {
 		return err
 	}
@@ -77,50 +90,6 @@ func (t *Tars) each(ctx context.Context, tar string, fn func(h *pax.Header, r io
 			return err
 		}
 	}
-}
-
-// treeCache bounds the folders that are kept decoded.
-const treeCache = 4096
-
-// lookup finds a file, and keeps the folders that it went through: neighbours are asked for one after the
-// other.
-func (t *Tars) lookup(ctx context.Context, place string) (*snapshot.Node, error) {
-	place = path.Clean("/" + place)
-	tree, err := t.folder(ctx, path.Dir(place))
-	if err != nil {
-		return nil, err
-	}
-	if n := tree.Find(path.Base(place)); n != nil && n.Type == snapshot.File {
-		return n, nil
-	}
-	return nil, fmt.Errorf("%q: %w", place, snapshot.ErrNoSuchPath)
-}
-
-func (t *Tars) folder(ctx context.Context, dir string) (*snapshot.Tree, error) {
-	if tree, ok := t.trees[dir]; ok {
-		return tree, nil
-	}
-	d := t.root
-	if dir != "/" {
-		up, err := t.folder(ctx, path.Dir(dir))
-		if err != nil {
-			return nil, err
-		}
-		n := up.Find(path.Base(dir))
-		if n == nil || n.Type != snapshot.Dir {
-			return nil, fmt.Errorf("%q: %w", dir, snapshot.ErrNoSuchPath)
-		}
-		d = n.Subtree
-	}
-	tree, err := snapshot.LoadTree(ctx, t.l, d)
-	if err != nil {
-		return nil, err
-	}
-	if len(t.trees) > treeCache {
-		clear(t.trees)
-	}
-	t.trees[dir] = tree
-	return tree, nil
 }
 
 // tarEntry gives what an Entry asks for.
@@ -191,10 +160,20 @@ func (e *tarEntry) open() (io.ReadCloser, error) {
 		return e.first()
 	}
 	place, ok := e.h.Records[pax.Content]
+	if key := e.h.Records[pax.Object]; key != "" && !ok {
+		if e.t.Object == nil {
+			return nil, errNoContent
+		}
+		r, err := e.t.Object(e.ctx, key, e.h.Records[pax.Version])
+		if errors.Is(err, fs.ErrNotExist) {
+			err = &objectGone{err}
+		}
+		return r, err
+	}
 	if !ok {
 		return io.NopCloser(e.r), nil
 	}
-	n, err := e.t.lookup(e.ctx, place)
+	n, err := e.t.find.File(e.ctx, place)
 	if err != nil {
 		return nil, err
 	}
