@@ -55,7 +55,7 @@ search is quick.
 				return err
 			}
 			return a.withRepository(ctx, repoOptions{}, readLock(f.noLock), func(ctx context.Context, r *repo.Repository) error {
-				return a.find(ctx, r, q)
+				return a.find(ctx, r, q, strings.TrimSuffix(f.in, "/"))
 			})
 		}),
 	}
@@ -63,7 +63,7 @@ search is quick.
 	fs.StringVar(&f.glob, "glob", "", "find names that fit a `pattern`")
 	fs.StringVar(&f.id, "id", "", "find the item with this `fileid`")
 	fs.StringVar(&f.checksum, "checksum", "", "find contents with this `sha1`")
-	fs.StringVar(&f.in, "in", "", "look into this `space` only: its alias, name, or id:SPACEID")
+	fs.StringVar(&f.in, "in", "", "look into this `space` only: its alias, name, owner, or id:SPACEID")
 	fs.StringVar(&f.since, "since", "", "look into snapshots from this `time` on only")
 	fs.StringVar(&f.until, "until", "", "look into snapshots up to this `time` only")
 	fs.BoolVarP(&f.ignoreCase, "ignore-case", "i", false, "let capital and small letters be the same")
@@ -104,6 +104,44 @@ func (f *findFlags) query(args []string) (*browse.Query, error) {
 		q.In = func(s *browse.SpaceInfo) bool { return isSpace(s, in) }
 	}
 	return q, nil
+}
+
+// byOwner makes the query take the personal space of the owner called in, too: by the name that the directory
+// has for him in the newest snapshot, or else in the oldest one.
+func (a *app) byOwner(ctx context.Context, r *repo.Repository, own []*snapshot.Snapshot, q *browse.Query, in string) error {
+	if in == "" || strings.Contains(in, "/") || strings.HasPrefix(in, "id:") || len(own) == 0 {
+		return nil
+	}
+	oldest, newest := own[0], own[0]
+	for _, sn := range own {
+		if sn.Time.Before(oldest.Time) {
+			oldest = sn
+		}
+		if !sn.Time.Before(newest.Time) {
+			newest = sn
+		}
+	}
+	for _, sn := range []*snapshot.Snapshot{newest, oldest} {
+		v, err := a.openView(ctx, r, sn.ID().String())
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		if err != nil {
+			continue // the names of the spaces will do
+		}
+		var none *browse.AddressError
+		s, rest, err := v.Resolve(ctx, in)
+		if errors.As(err, &none) || err == nil && rest != "" {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		byName := q.In
+		q.In = func(x *browse.SpaceInfo) bool { return x.ID == s.ID && x.Store == s.Store || byName(x) }
+		return nil
+	}
+	return nil
 }
 
 // isSpace tells whether name names the space.
@@ -173,7 +211,7 @@ func (a *app) history(r *repo.Repository) *browse.History {
 // spansShown is how many lines are gathered before they are sorted and printed.
 const spansShown = 100000
 
-func (a *app) find(ctx context.Context, r *repo.Repository, q *browse.Query) error {
+func (a *app) find(ctx context.Context, r *repo.Repository, q *browse.Query, in string) error {
 	list, listErr := snapshot.List(ctx, r)
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
@@ -183,7 +221,10 @@ func (a *app) find(ctx context.Context, r *repo.Repository, q *browse.Query) err
 		return errors.New("no snapshot of this repository was made by Holdfast, so there are no spaces to look into")
 	}
 	h := a.history(r)
-	var err error
+	err := a.byOwner(ctx, r, own, q, in)
+	if err != nil {
+		return err
+	}
 	if a.ui.JSON() {
 		out := bufio.NewWriterSize(a.ui.Writer(), 64<<10)
 		h.Progress = nil // its lines would stand in the middle of ours

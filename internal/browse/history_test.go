@@ -2,6 +2,7 @@ package browse_test
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -16,6 +17,7 @@ import (
 	"github.com/holdfast-backup/holdfast/internal/browse/browsetest"
 	"github.com/holdfast-backup/holdfast/internal/repo"
 	"github.com/holdfast-backup/holdfast/internal/snapshot"
+	"github.com/holdfast-backup/holdfast/internal/testfixture"
 )
 
 type node = browsetest.Node
@@ -403,6 +405,54 @@ func TestDiff(t *testing.T) {
 	sort.Strings(want)
 	if err != nil || !slices.Equal(got, want) {
 		t.Errorf("%v\n got %s\nwant %s", err, strings.Join(got, "\n     "), strings.Join(want, "\n     "))
+	}
+}
+
+// TestDiffShares: who gained and who lost access.
+func TestDiffShares(t *testing.T) {
+	inst := browsetest.Unpack(t, testfixture.OCIS)
+	r := browsetest.NewRepo(t)
+	full := browsetest.Backup(t, r, inst, browsetest.Epoch)
+	storages, err := filepath.Glob(filepath.Join(inst.ShareNode("storages"), "*"))
+	if err != nil || len(storages) != 1 {
+		t.Fatal(storages, err)
+	}
+	list := "storages/" + filepath.Base(storages[0]) + "/b1f74ec4-dd7e-11ef-a543-03775734d0f7.json"
+	var shares struct {
+		Shares map[string]json.RawMessage
+	}
+	if err := json.Unmarshal(inst.ShareList(t, list), &shares); err != nil || len(shares.Shares) != 2 {
+		t.Fatal(shares, err)
+	}
+	for id := range shares.Shares {
+		delete(shares.Shares, id)
+		break
+	}
+	p, err := json.Marshal(shares)
+	if err != nil {
+		t.Fatal(err)
+	}
+	inst.SetShareList(t, list, string(p))
+	less := browsetest.Backup(t, r, inst, browsetest.Epoch.Add(time.Hour))
+	for what, pair := range map[string][2]*snapshot.Snapshot{browse.Unshared: {full, less}, browse.Shared: {less, full}} {
+		a, err := browse.Open(t.Context(), r, pair[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := browse.Open(t.Context(), r, pair[1])
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got []string
+		err = browse.Diff(t.Context(), a, b, func(s *browse.Space) bool { return s.Store == "users" }, func(c *browse.Change) error {
+			got = append(got, fmt.Sprintf("%s %s/%s with %s", c.What, c.Space.Folder, c.To, c.With))
+			return nil
+		})
+		if err != nil || len(got) != 1 || !slices.Contains([]string{
+			what + " personal/alan/Round 0/a with Mary Kenneth Keller", what + " personal/alan/Round 1/a with Mary Kenneth Keller",
+		}, got[0]) {
+			t.Errorf("%s: %q, %v", what, got, err)
+		}
 	}
 }
 

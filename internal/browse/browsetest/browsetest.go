@@ -7,25 +7,164 @@ import (
 	"crypto/sha1"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"io/fs"
+	"os"
+	"os/exec"
 	"path/filepath"
 	"sort"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/holdfast-backup/holdfast/internal/backend/mem"
+	"github.com/holdfast-backup/holdfast/internal/bucket"
 	"github.com/holdfast-backup/holdfast/internal/capture"
 	"github.com/holdfast-backup/holdfast/internal/discover"
+	"github.com/holdfast-backup/holdfast/internal/ocis"
 	"github.com/holdfast-backup/holdfast/internal/repo"
 	"github.com/holdfast-backup/holdfast/internal/repo/id"
+	"github.com/holdfast-backup/holdfast/internal/s3/s3test"
 	"github.com/holdfast-backup/holdfast/internal/snapshot"
 	"github.com/holdfast-backup/holdfast/internal/testfixture"
 )
 
-// Fixtures are the sample instances whose blobs lie on disk.
-var Fixtures = []string{testfixture.OCIS, testfixture.OpenCloud, testfixture.OpenCloudPosix}
+// Fixtures are the sample instances.
+var Fixtures = testfixture.Names()
+
+// Instance is an unpacked sample instance.
+type Instance struct {
+	*ocis.Instance
+	Dir string // has data/ and config/
+	// Objects is the folder with the objects of its bucket as files, on a server that ends with the test; ""
+	// if its blobs lie on disk.
+	Objects string
+	server  *s3test.Server
+}
+
+// Unpack unpacks a sample instance. If its blobs lie in a bucket, a server is started that has them.
+func Unpack(t testing.TB, name string) *Instance {
+	t.Helper()
+	i := &Instance{Dir: testfixture.Unpack(t, name)}
+	if name == testfixture.OCISWithS3Blobs {
+		i.server = s3test.Start(t, s3test.Options{})
+		i.fill(t, filepath.Join(i.Dir, "bucket"))
+	}
+	i.find(t)
+	return i
+}
+
+// Copy copies it, to be damaged.
+func (i *Instance) Copy(t testing.TB) *Instance {
+	t.Helper()
+	c := &Instance{Dir: t.TempDir(), server: i.server}
+	for _, part := range []string{"data", "config"} {
+		if out, err := exec.Command("cp", "-a", filepath.Join(i.Dir, part), c.Dir).CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+	}
+	if i.server != nil {
+		c.fill(t, i.Objects)
+	}
+	c.find(t)
+	return c
+}
+
+func (i *Instance) fill(t testing.TB, from string) {
+	t.Helper()
+	i.Objects = filepath.Join(i.server.Dir, i.server.Bucket(t, false, false))
+	if err := os.CopyFS(i.Objects, os.DirFS(from)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (i *Instance) find(t testing.TB) {
+	t.Helper()
+	o := discover.Options{BaseDataPath: filepath.Join(i.Dir, "data"), ConfigDir: filepath.Join(i.Dir, "config"), NoSizes: true}
+	if s := i.server; s != nil {
+		const p = "STORAGE_USERS_DECOMPOSEDS3_"
+		o.Environ = []string{
+			"STORAGE_USERS_DRIVER=s3ng", p + "ENDPOINT=" + s.Endpoint, p + "REGION=" + s.Region, p + "BUCKET=" + filepath.Base(i.Objects),
+			p + "ACCESS_KEY=" + s.AccessKey, p + "SECRET_KEY=" + s.SecretKey,
+		}
+	}
+	var err error
+	if i.Instance, err = discover.Discover(t.Context(), o); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Bucket opens the bucket; nil if there is none.
+func (i *Instance) Bucket(t testing.TB) *bucket.Bucket {
+	t.Helper()
+	if i.server == nil {
+		return nil
+	}
+	b, err := bucket.Open(t.Context(), bucket.Of(i.Store("users").S3))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(b.Close)
+	return b
+}
+
+const sharesSpace = "jsoncs3-share-manager-metadata"
+
+// ShareNode is the node of a path in the space of the system storage that holds the lists of shares; a path
+// that does not exist leads to one that does not.
+func (i *Instance) ShareNode(p string) string {
+	at := filepath.Join(i.Store("system").Root, ocis.SpacePath(sharesSpace), "nodes", ocis.NodePath(sharesSpace))
+	for _, name := range strings.Split(p, "/") {
+		target, err := os.Readlink(filepath.Join(at, name))
+		if err != nil {
+			return filepath.Join(at, name)
+		}
+		at = filepath.Join(at, target)
+	}
+	return at
+}
+
+// ShareList is the content of a list of shares; nothing if there is none.
+func (i *Instance) ShareList(t testing.TB, p string) []byte {
+	t.Helper()
+	node := i.ShareNode(p)
+	if _, err := os.Lstat(node); err != nil {
+		return nil
+	}
+	_, blob := i.shareMeta(t, node)
+	data, err := os.ReadFile(blob)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return data
+}
+
+// SetShareList gives a list of shares another content, in its old blob.
+func (i *Instance) SetShareList(t testing.TB, p, content string) {
+	t.Helper()
+	node := i.ShareNode(p)
+	a, blob := i.shareMeta(t, node)
+	sum := sha1.Sum([]byte(content))
+	a.Set(i.Store("system").Prefix, "blobsize", []byte(strconv.Itoa(len(content))))
+	a.Set(i.Store("system").Prefix, "cs.sha1", sum[:])
+	if err := errors.Join(os.WriteFile(node+".mpk", ocis.EncodeMPK(a), 0o600), os.WriteFile(blob, []byte(content), 0o644)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (i *Instance) shareMeta(t testing.TB, node string) (a ocis.Attributes, blob string) {
+	t.Helper()
+	p, err := os.ReadFile(node + ".mpk")
+	if err == nil {
+		a, err = ocis.ParseMPK(p)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return a, filepath.Join(i.Store("system").Root, ocis.SpacePath(sharesSpace), "blobs", ocis.NodePath(a.Text("blobid")))
+}
 
 // NewRepo makes an empty repository in memory.
 func NewRepo(t testing.TB) *repo.Repository {
@@ -40,17 +179,15 @@ func NewRepo(t testing.TB) *repo.Repository {
 	return r
 }
 
-// Backup captures the instance in dir and saves its record.
-func Backup(t testing.TB, r *repo.Repository, dir string, at time.Time) *snapshot.Snapshot {
+// Backup captures an instance and saves its record.
+func Backup(t testing.TB, r *repo.Repository, i *Instance, at time.Time) *snapshot.Snapshot {
 	t.Helper()
-	inst, err := discover.Discover(t.Context(), discover.Options{
-		BaseDataPath: filepath.Join(dir, "data"), ConfigDir: filepath.Join(dir, "config"),
-	})
-	if err != nil {
-		t.Fatal(err)
+	o := capture.Options{Instance: i.Instance}
+	if b := i.Bucket(t); b != nil {
+		o.Objects = map[string]*capture.Objects{"users": {Way: snapshot.WayCopy, Source: b}}
 	}
 	w := r.NewWriter(t.Context())
-	res, err := capture.Run(t.Context(), r, w, capture.Options{Instance: inst})
+	res, err := capture.Run(t.Context(), r, w, o)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -93,9 +230,9 @@ func Fixture(t testing.TB, name string) *Captured {
 	if c := captured[name]; c != nil {
 		return c
 	}
-	dir := testfixture.Unpack(t, name)
+	i := Unpack(t, name)
 	r := NewRepo(t)
-	c := &Captured{Repo: r, Snapshot: Backup(t, r, dir, time.Now()), Want: testfixture.LoadExpected(t, dir)}
+	c := &Captured{Repo: r, Snapshot: Backup(t, r, i, time.Now()), Want: testfixture.LoadExpected(t, i.Dir)}
 	captured[name] = c
 	return c
 }
