@@ -54,12 +54,16 @@ func (a *app) reportLost(ctx context.Context, arg string, f *restoreFlags) error
 			if string(now.Layout) != was.Layout {
 				return fmt.Errorf("store %s is laid out as %s here and as %s in the snapshot", ui.Quote(was.Name), now.Layout, ui.Quote(was.Layout))
 			}
-			remote := now.S3 != nil || remoteDriver(now.Driver)
-			if remote && save != "" {
-				return ui.WithHints(fmt.Errorf("the contents of store %s lie in a bucket, from which --save-newer does not copy", ui.Quote(was.Name)),
-					"Without --save-newer the list is made all the same.")
+			st := newer.Store{Root: now.Root, Prefix: now.Prefix, Was: was}
+			if now.S3 != nil && save != "" {
+				b, err := a.bucketOf(ctx, now.S3)
+				if err != nil {
+					return fmt.Errorf("the contents of store %s: %w", ui.Quote(was.Name), err)
+				}
+				defer b.Close()
+				st.Blobs = blobsIn{b}.Open
 			}
-			stores = append(stores, newer.Store{Root: now.Root, Prefix: now.Prefix, Remote: remote, Was: was})
+			stores = append(stores, st)
 		}
 		begun := time.Now()
 		shown := map[string]int{}
@@ -91,7 +95,7 @@ func (a *app) reportLost(ctx context.Context, arg string, f *restoreFlags) error
 		}}
 		list, err := newer.Run(ctx, r, *v.Snapshot().Tree, stores, o)
 		if errors.Is(err, newer.ErrLayout) {
-			return ui.WithHints(err, "For the posix driver, `holdfast diff` of a new backup and this snapshot tells the same.")
+			return ui.WithHints(err, "`holdfast diff` of a new backup and this snapshot tells the same.")
 		}
 		if err != nil {
 			return fmt.Errorf("cannot compare the instance with snapshot %s: %w", v.Snapshot().ID().Short(), err)

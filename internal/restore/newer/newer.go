@@ -17,6 +17,7 @@ import (
 	"path"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -24,6 +25,7 @@ import (
 
 	"github.com/holdfast-backup/holdfast/internal/ocis"
 	"github.com/holdfast-backup/holdfast/internal/repo/id"
+	"github.com/holdfast-backup/holdfast/internal/restore/posix"
 	"github.com/holdfast-backup/holdfast/internal/snapshot"
 )
 
@@ -72,8 +74,10 @@ type Space struct {
 type Store struct {
 	Root   string
 	Prefix string
-	Remote bool // the blobs lie in a bucket: nothing is saved
 	Was    *snapshot.Store
+	// Blobs opens a blob of a store that keeps them in a bucket, fs.ErrNotExist if there is none; nil: they
+	// are files.
+	Blobs func(ctx context.Context, space, blob string) (io.ReadCloser, error)
 }
 
 // Options say what to do. The zero value only compares.
@@ -87,7 +91,7 @@ type Options struct {
 // Run compares, and returns a line for each space in which something differs. It holds about 200 bytes for
 // each file of one space.
 //
-// Errors: a store of another layout than decomposed; those of the disk, the repository, and Found.
+// Errors: ErrLayout; those of the disk, the repository, the bucket, and Found.
 func Run(ctx context.Context, l snapshot.BlobLoader, tree id.ID, stores []Store, o Options) ([]Space, error) {
 	c := &compare{ctx: ctx, l: l, tree: tree, o: o}
 	if o.Save != "" {
@@ -108,8 +112,8 @@ func Run(ctx context.Context, l snapshot.BlobLoader, tree id.ID, stores []Store,
 	return c.out, nil
 }
 
-// ErrLayout says that a store is not of the decomposed layout.
-var ErrLayout = errors.New("only stores of the decomposed layout can be compared")
+// ErrLayout says that a store is of a layout that is not known.
+var ErrLayout = errors.New("its layout is not known")
 
 type compare struct {
 	ctx  context.Context
@@ -118,6 +122,8 @@ type compare struct {
 	o    Options
 	save *os.Root
 	out  []Space
+	// posix: the store at hand may have files without an id, which stand under their paths.
+	posix bool
 }
 
 // was is what the snapshot has of a node.
@@ -129,9 +135,11 @@ type was struct {
 }
 
 func (c *compare) store(st *Store) error {
-	if st.Was.Layout != string(ocis.Decomposed) {
+	isPosix := st.Was.Layout == string(ocis.Posix)
+	if !isPosix && st.Was.Layout != string(ocis.Decomposed) {
 		return fmt.Errorf("store %q: %w", st.Was.Name, ErrLayout)
 	}
+	c.posix = isPosix
 	root, err := os.OpenRoot(st.Root)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil // nothing that could be lost
@@ -144,15 +152,20 @@ func (c *compare) store(st *Store) error {
 	for i := range st.Was.Spaces {
 		then[st.Was.Spaces[i].ID] = &st.Was.Spaces[i]
 	}
-	ids, err := spaces(root)
+	var list []*disk
+	if isPosix {
+		list, err = posixSpaces(c.ctx, root, st)
+	} else {
+		list, err = spaces(root, st)
+	}
 	if err != nil {
 		return err
 	}
-	for _, spaceID := range ids {
-		if err := c.space(st, root, spaceID, then[spaceID]); err != nil {
+	for _, d := range list {
+		if err := c.space(st, d, then[d.id]); err != nil {
 			return err
 		}
-		delete(then, spaceID)
+		delete(then, d.id)
 	}
 	for i := range st.Was.Spaces {
 		if sp := &st.Was.Spaces[i]; then[sp.ID] != nil {
@@ -162,9 +175,9 @@ func (c *compare) store(st *Store) error {
 	return nil
 }
 
-// spaces lists the spaces of a store on disk.
-func spaces(root *os.Root) ([]string, error) {
-	var out []string
+// spaces lists the spaces of a decomposed store on disk.
+func spaces(root *os.Root, st *Store) ([]*disk, error) {
+	var out []*disk
 	first, err := list(root, "spaces")
 	if err != nil {
 		return nil, err
@@ -175,12 +188,17 @@ func spaces(root *os.Root) ([]string, error) {
 			return nil, err
 		}
 		for _, b := range second {
-			if ocis.SpacePath(a+b) == "spaces/"+a+"/"+b {
-				out = append(out, a+b)
+			if sp := ocis.SpacePath(a + b); sp == "spaces/"+a+"/"+b {
+				d := &disk{id: a + b, root: root, sp: sp, prefix: st.Prefix, blobs: st.Blobs}
+				d.walk, d.open = d.walkNodes, d.openBlob
+				if m, err := d.meta(d.id); err == nil && m.Space != nil {
+					d.alias = m.Space.Alias
+				}
+				out = append(out, d)
 			}
 		}
 	}
-	slices.Sort(out)
+	slices.SortFunc(out, func(a, b *disk) int { return strings.Compare(a.id, b.id) })
 	return out, nil
 }
 
@@ -200,7 +218,8 @@ func list(root *os.Root, rel string) ([]string, error) {
 }
 
 // space compares one space.
-func (c *compare) space(st *Store, root *os.Root, spaceID string, then *snapshot.Space) error {
+func (c *compare) space(st *Store, now *disk, then *snapshot.Space) error {
+	spaceID := now.id
 	sum := Space{Store: st.Was.Name, ID: spaceID, Name: spaceID, NotThen: then == nil}
 	before := map[string]*was{}
 	if then != nil {
@@ -216,9 +235,8 @@ func (c *compare) space(st *Store, root *os.Root, spaceID string, then *snapshot
 			}
 		}
 	}
-	now := &disk{root: root, sp: ocis.SpacePath(spaceID), prefix: st.Prefix}
-	if m, err := now.meta(spaceID); err == nil && m.Space != nil && m.Space.Alias != "" && then == nil {
-		sum.Name = m.Space.Alias
+	if now.alias != "" && then == nil {
+		sum.Name = now.alias
 	}
 	report := func(it Item) error {
 		it.Store, it.Space, it.Name = st.Was.Name, spaceID, sum.Name
@@ -240,13 +258,16 @@ func (c *compare) space(st *Store, root *os.Root, spaceID string, then *snapshot
 		}
 		return nil
 	}
-	err := now.walk(c.ctx, spaceID, "", map[string]bool{}, func(node, p string, dir bool, m *ocis.NodeMeta) error {
+	err := now.walk(c.ctx, func(node, p string, dir bool, m *ocis.NodeMeta) error {
 		it := Item{Path: p, Dir: dir, Node: node, Bytes: m.BlobSize, MTime: m.MTime}
+		if node == "" { // the server has not seen it yet
+			node = unseen + p
+		}
 		b := before[node]
 		switch {
-		case b == nil:
+		case b == nil || b.seen: // a copy with the id of the original
 			it.Kind = New
-		case !dir && b.blob != m.BlobID:
+		case !dir && (b.blob != m.BlobID || c.posix && (b.size != m.BlobSize || !b.mtime.Equal(m.MTime))):
 			it.Kind = Changed
 		case b.path != p:
 			it.Kind, it.Was = Moved, b.path
@@ -257,8 +278,8 @@ func (c *compare) space(st *Store, root *os.Root, spaceID string, then *snapshot
 		if it.Kind == "" {
 			return nil
 		}
-		if !dir && it.Kind != Moved && c.save != nil && !st.Remote {
-			saved, err := c.keep(root, now, sum.Name, p, m)
+		if !dir && it.Kind != Moved && c.save != nil {
+			saved, err := c.keep(now, sum.Name, p, m)
 			if err != nil {
 				return fmt.Errorf("keep a copy of %q: %w", p, err)
 			}
@@ -271,6 +292,9 @@ func (c *compare) space(st *Store, root *os.Root, spaceID string, then *snapshot
 	}
 	for _, node := range sorted(before) {
 		if b := before[node]; !b.seen {
+			if strings.HasPrefix(node, unseen) {
+				node = ""
+			}
 			if err := report(Item{Kind: Deleted, Path: b.path, Dir: b.dir, Node: node, Bytes: b.size, MTime: b.mtime}); err != nil {
 				return err
 			}
@@ -308,9 +332,16 @@ func (c *compare) gather(d id.ID, rel string, into map[string]*was, depth int) e
 	}
 	for _, n := range t.Nodes {
 		p := path.Join(rel, n.Name)
-		if node, ok := n.Attr(snapshot.AttrID); ok {
-			w := &was{path: p, dir: n.Type == snapshot.Dir, size: int64(n.Size), mtime: n.ModTime}
-			w.blob, _ = n.Attr(snapshot.AttrBlobID)
+		node, ok := n.Attr(snapshot.AttrID)
+		if !ok {
+			node = unseen + p
+		}
+		w := &was{path: p, dir: n.Type == snapshot.Dir, size: int64(n.Size), mtime: n.ModTime}
+		w.blob, _ = n.Attr(snapshot.AttrBlobID)
+		if s, ok := n.Attr(snapshot.AttrSize); ok { // of an object that the repository does not have
+			w.size, _ = strconv.ParseInt(s, 10, 64)
+		}
+		if ok || c.posix {
 			into[node] = w
 		}
 		if n.Type == snapshot.Dir {
@@ -322,10 +353,103 @@ func (c *compare) gather(d id.ID, rel string, into map[string]*was, depth int) e
 	return nil
 }
 
+// unseen begins what stands for the id of a file that has none. No id has a slash.
+const unseen = "./"
+
 // disk is one space on disk.
 type disk struct {
+	id, alias  string
 	root       *os.Root
 	sp, prefix string
+	blobs      func(ctx context.Context, space, blob string) (io.ReadCloser, error)
+	// walk visits what is in the space, a folder before what is in it. What cannot be read is passed over:
+	// the consistency check tells it. open opens the content of a file.
+	walk func(ctx context.Context, fn visitor) error
+	open func(ctx context.Context, p string, m *ocis.NodeMeta) (io.ReadCloser, error)
+}
+
+type visitor func(node, p string, dir bool, m *ocis.NodeMeta) error
+
+// posixSpaces lists the spaces of a store of the posix driver on disk.
+func posixSpaces(ctx context.Context, root *os.Root, st *Store) ([]*disk, error) {
+	found, err := posix.Spaces(ctx, root, "", st.Prefix)
+	var out []*disk
+	seen := map[string]bool{}
+	for i := range found {
+		f := &found[i]
+		if seen[f.ID] {
+			continue // a copy; the server goes by one of them
+		}
+		seen[f.ID] = true
+		d := &disk{id: f.ID, root: root, sp: f.Rel, prefix: st.Prefix}
+		if f.Space != nil {
+			d.alias = f.Space.Alias
+		}
+		d.walk, d.open = d.walkFiles, d.openFile
+		out = append(out, d)
+	}
+	slices.SortFunc(out, func(a, b *disk) int { return strings.Compare(a.id, b.id) })
+	return out, err
+}
+
+// walkFiles is walk for the posix driver. Size and time are those of the file.
+func (d *disk) walkFiles(ctx context.Context, fn visitor) error {
+	var look func(in string, depth int) error
+	look = func(in string, depth int) error {
+		if ctx.Err() != nil || depth > maxDepth {
+			return context.Cause(ctx)
+		}
+		for _, e := range posix.List(d.root, path.Join(d.sp, in)) {
+			p := path.Join(in, e.Name())
+			fi, err := e.Info()
+			if err != nil || !fi.IsDir() && !fi.Mode().IsRegular() || posix.Hidden(p) || posix.IsLock(p) {
+				continue
+			}
+			m, _, err := posix.Meta(d.root, path.Join(d.sp, p), d.prefix)
+			if err != nil {
+				continue
+			}
+			if !m.MTime.Equal(fi.ModTime()) { // changed behind the server's back: its checksum is of what was
+				m.HasSHA1 = false
+			}
+			m.MTime = fi.ModTime().UTC()
+			if !fi.IsDir() {
+				m.BlobSize = fi.Size()
+			}
+			if err := fn(m.ID, p, fi.IsDir(), &m); err != nil {
+				return err
+			}
+			if fi.IsDir() {
+				if err := look(p, depth+1); err != nil {
+					return err
+				}
+			}
+		}
+		return nil
+	}
+	return look("", 0)
+}
+
+func (d *disk) openFile(_ context.Context, p string, _ *ocis.NodeMeta) (io.ReadCloser, error) {
+	return posix.Open(d.root, path.Join(d.sp, p))
+}
+
+// openBlob is open for decomposed stores.
+func (d *disk) openBlob(ctx context.Context, _ string, m *ocis.NodeMeta) (io.ReadCloser, error) {
+	if m.BlobID == "" {
+		return io.NopCloser(strings.NewReader("")), nil
+	}
+	var f io.ReadCloser
+	var err error
+	if d.blobs != nil {
+		f, err = d.blobs(ctx, d.id, m.BlobID)
+	} else {
+		f, err = d.root.Open(d.sp + "/blobs/" + ocis.NodePath(m.BlobID))
+	}
+	if errors.Is(err, fs.ErrNotExist) { // the server has not finished with it
+		return d.root.Open("uploads/" + m.BlobID)
+	}
+	return f, err
 }
 
 func (d *disk) meta(node string) (ocis.NodeMeta, error) {
@@ -341,8 +465,12 @@ func (d *disk) meta(node string) (ocis.NodeMeta, error) {
 	return m, err
 }
 
-// walk visits what is in the folder node. What cannot be read is passed over: the consistency check tells it.
-func (d *disk) walk(ctx context.Context, node, rel string, seen map[string]bool, fn func(node, p string, dir bool, m *ocis.NodeMeta) error) error {
+// walkNodes is walk for decomposed stores.
+func (d *disk) walkNodes(ctx context.Context, fn visitor) error {
+	return d.walkFolder(ctx, d.id, "", map[string]bool{}, fn)
+}
+
+func (d *disk) walkFolder(ctx context.Context, node, rel string, seen map[string]bool, fn visitor) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
@@ -372,7 +500,7 @@ func (d *disk) walk(ctx context.Context, node, rel string, seen map[string]bool,
 			return err
 		}
 		if fi.IsDir() {
-			if err := d.walk(ctx, kid, p, seen, fn); err != nil {
+			if err := d.walkFolder(ctx, kid, p, seen, fn); err != nil {
 				return err
 			}
 		}
@@ -381,23 +509,16 @@ func (d *disk) walk(ctx context.Context, node, rel string, seen map[string]bool,
 }
 
 // keep copies the content of a file to the folder for them, by its name.
-func (c *compare) keep(root *os.Root, d *disk, space, p string, m *ocis.NodeMeta) (string, error) {
+func (c *compare) keep(d *disk, space, p string, m *ocis.NodeMeta) (string, error) {
 	to := plain(space) + "/" + plain(p)
 	if err := c.save.MkdirAll(path.Dir(to), 0o700); err != nil {
 		return "", err
 	}
-	var src io.Reader = strings.NewReader("")
-	if m.BlobID != "" {
-		f, err := root.Open(d.sp + "/blobs/" + ocis.NodePath(m.BlobID))
-		if errors.Is(err, fs.ErrNotExist) { // the server has not finished with it
-			f, err = root.Open("uploads/" + m.BlobID)
-		}
-		if err != nil {
-			return "", err
-		}
-		defer f.Close()
-		src = f
+	src, err := d.open(c.ctx, p, m)
+	if err != nil {
+		return "", err
 	}
+	defer src.Close()
 	free := to
 	var f *os.File
 	for n := 1; ; n++ {
@@ -411,7 +532,7 @@ func (c *compare) keep(root *os.Root, d *disk, space, p string, m *ocis.NodeMeta
 		free = fmt.Sprintf("%s (%d)", to, n)
 	}
 	h := sha1.New() //nolint:gosec // see above
-	_, err := io.Copy(f, io.TeeReader(&ctxReader{c.ctx, src}, h))
+	_, err = io.Copy(f, io.TeeReader(&ctxReader{c.ctx, src}, h))
 	if err == nil && m.HasSHA1 && [20]byte(h.Sum(nil)) != m.SHA1 {
 		err = errors.New("its content has not the checksum that the server recorded")
 	}

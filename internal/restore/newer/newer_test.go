@@ -6,12 +6,12 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
-	"github.com/holdfast-backup/holdfast/internal/backend/mem"
-	"github.com/holdfast-backup/holdfast/internal/capture"
+	"github.com/holdfast-backup/holdfast/internal/browse/browsetest"
 	"github.com/holdfast-backup/holdfast/internal/ocis"
-	"github.com/holdfast-backup/holdfast/internal/repo"
 	"github.com/holdfast-backup/holdfast/internal/restore/newer"
+	"github.com/holdfast-backup/holdfast/internal/snapshot"
 	"github.com/holdfast-backup/holdfast/internal/testfixture"
 )
 
@@ -25,22 +25,13 @@ func TestNewer(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	dir := testfixture.Unpack(t, testfixture.OCIS)
-	users := filepath.Join(dir, "data/storage/users")
-	r, err := repo.Init(ctx, mem.New(), "pw", repo.InitOptions{KDF: repo.KDF{N: 1024, R: 1, P: 1}})
+	inst := browsetest.Unpack(t, testfixture.OCIS)
+	users := inst.Store("users").Root
+	r := browsetest.NewRepo(t)
+	sn := browsetest.Backup(t, r, inst, time.Now())
+	m, err := snapshot.LoadManifest(ctx, r, *sn.Tree)
 	must(err)
-	inst := &ocis.Instance{Product: ocis.OpenCloud, Setup: "posix", BasePath: filepath.Join(dir, "data"), ConfigDir: filepath.Join(dir, "config"), Stores: []ocis.Store{
-		{Name: "users", Root: users, Driver: "ocis", Layout: ocis.Decomposed, Prefix: ocis.PrefixOCIS},
-	}}
-	for _, kind := range []ocis.Kind{ocis.Metadata, ocis.Blobs} {
-		inst.DataSets = append(inst.DataSets, ocis.DataSet{Name: "storage-users-" + string(kind), Kind: kind, Path: users, Store: "users", Found: true})
-	}
-	w := r.NewWriter(ctx)
-	res, err := capture.Run(ctx, r, w, capture.Options{Instance: inst})
-	must(err)
-	tree, err := res.Finish(ctx, []byte("readme\n"))
-	must(err)
-	must(w.Flush(ctx))
+	was := slices.IndexFunc(m.Stores, func(s snapshot.Store) bool { return s.Name == "users" })
 
 	space := filepath.Join(users, ocis.SpacePath(alan))
 	node := func(id string) string { return filepath.Join(space, "nodes", ocis.NodePath(id)) }
@@ -55,7 +46,7 @@ func TestNewer(t *testing.T) {
 	}
 	run := func(save string) ([]string, []newer.Space) {
 		var got []string
-		list, err := newer.Run(ctx, r, tree, []newer.Store{{Root: users, Prefix: ocis.PrefixOCIS, Was: &res.Manifest.Stores[0]}}, newer.Options{
+		list, err := newer.Run(ctx, r, *sn.Tree, []newer.Store{{Root: users, Prefix: ocis.PrefixOCIS, Was: &m.Stores[was]}}, newer.Options{
 			Save: save,
 			Found: func(it newer.Item) error {
 				got = append(got, string(it.Kind)+" "+it.Path)
@@ -130,5 +121,68 @@ func TestNewer(t *testing.T) {
 	gone := slices.IndexFunc(list, func(s newer.Space) bool { return s.Gone })
 	if gone < 0 || list[gone].ID != "056fc874-dd7f-11ef-ba84-af6fca4b7289" || list[gone].Deleted == 0 {
 		t.Errorf("%+v", list)
+	}
+}
+
+// TestPosix: the same for files that are what users see.
+func TestPosix(t *testing.T) {
+	inst := browsetest.Unpack(t, testfixture.OpenCloudPosix)
+	r := browsetest.NewRepo(t)
+	sn := browsetest.Backup(t, r, inst, time.Now())
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	m, err := snapshot.LoadManifest(t.Context(), r, *sn.Tree)
+	must(err)
+	st := inst.Store("users")
+	run := func(save string) ([]string, []newer.Space) {
+		t.Helper()
+		var got []string
+		for i := range m.Stores {
+			if m.Stores[i].Name != "users" {
+				continue
+			}
+			list, err := newer.Run(t.Context(), r, *sn.Tree, []newer.Store{{Root: st.Root, Prefix: st.Prefix, Was: &m.Stores[i]}}, newer.Options{
+				Save: save, Found: func(it newer.Item) error {
+					got = append(got, string(it.Kind)+" "+it.Name+"/"+it.Path)
+					return nil
+				},
+			})
+			must(err)
+			slices.Sort(got)
+			return got, list
+		}
+		t.Fatal("no such store")
+		return nil, nil
+	}
+	if got, list := run(""); len(got) > 0 || len(list) > 0 {
+		t.Fatalf("nothing has changed, and it says %q %v", got, list)
+	}
+	at := func(p string) string { return filepath.Join(st.Root, "users/alan", p) }
+	must(os.WriteFile(at("Round 0/dup1.bin"), []byte("changed"), 0o600))
+	must(os.WriteFile(at("Round 0/made.txt"), []byte("new"), 0o600)) // the server has not seen it
+	must(os.Rename(at("Round 0/renamed.bin"), at("Round 1/again.bin")))
+	must(os.Remove(at("Round 0/versioned.txt")))
+	must(os.Symlink("/etc/passwd", at("Round 0/link"))) // no file of anybody
+	must(os.RemoveAll(filepath.Join(st.Root, "users/mary")))
+	save := filepath.Join(t.TempDir(), "newer")
+	got, list := run(save)
+	want := []string{
+		"changed personal/alan/Round 0/dup1.bin", "deleted personal/alan/Round 0/versioned.txt",
+		"moved personal/alan/Round 1/again.bin", "new personal/alan/Round 0/made.txt",
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q", got, want)
+	}
+	if len(list) != 2 || list[0].New != 1 || list[0].Bytes != 10 || !list[1].Gone || list[1].Name != "personal/mary" {
+		t.Errorf("%+v", list)
+	}
+	for p, content := range map[string]string{"Round 0/dup1.bin": "changed", "Round 0/made.txt": "new"} {
+		if data, err := os.ReadFile(filepath.Join(save, "personal/alan", p)); err != nil || string(data) != content {
+			t.Errorf("%s holds %q, %v", p, data, err)
+		}
 	}
 }
