@@ -8,9 +8,11 @@ import (
 	"time"
 
 	"github.com/holdfast-backup/holdfast/internal/browse"
+	"github.com/holdfast-backup/holdfast/internal/bucket"
 	"github.com/holdfast-backup/holdfast/internal/discover"
 	"github.com/holdfast-backup/holdfast/internal/ocis"
 	"github.com/holdfast-backup/holdfast/internal/repo"
+	"github.com/holdfast-backup/holdfast/internal/restore"
 	"github.com/holdfast-backup/holdfast/internal/restore/inplace"
 	"github.com/holdfast-backup/holdfast/internal/snapshot"
 	"github.com/holdfast-backup/holdfast/internal/ui"
@@ -65,9 +67,15 @@ func (a *app) restoreInPlace(ctx context.Context, arg string, f *restoreFlags) e
 		if string(st.Layout) != t.Store.Layout || st.Prefix != t.Store.Prefix && st.Prefix != "" {
 			return ui.WithHints(fmt.Errorf("store %s: %w", ui.Quote(st.Name), inplace.ErrLayout), "Restore into the running instance, or into a folder with --to.")
 		}
-		if st.S3 != nil || remoteDriver(st.Driver) {
-			return ui.WithHints(fmt.Errorf("the blobs of store %s lie in a bucket, into which --in-place does not write", ui.Quote(st.Name)), "Restore into a folder with --to.")
+		objects, err := a.inPlaceObjects(ctx, inst, st, &t.Store)
+		if err != nil {
+			return fmt.Errorf("the blobs of store %s: %w", ui.Quote(st.Name), err)
 		}
+		defer func() {
+			if objects != nil {
+				closeObjects(map[string]*restore.Objects{"": {Dest: objects.Dest, Source: objects.Source}})
+			}
+		}()
 		var paths []string
 		for _, d := range inst.DataSets {
 			if d.Found {
@@ -80,7 +88,7 @@ func (a *app) restoreInPlace(ctx context.Context, arg string, f *restoreFlags) e
 		}
 		defer release()
 		begun := time.Now()
-		o := inplace.Options{Root: st.Root, DryRun: f.dryRun, Now: begun}
+		o := inplace.Options{Root: st.Root, DryRun: f.dryRun, Now: begun, Objects: objects}
 		if owner != nil {
 			o.Owner = &inplace.Owner{UID: owner.UID, GID: owner.GID}
 		}
@@ -95,12 +103,44 @@ func (a *app) restoreInPlace(ctx context.Context, arg string, f *restoreFlags) e
 		if err != nil {
 			return explainInPlace(cannotRestore(p.sn, err), arg)
 		}
+		if t.Store.Layout == string(ocis.Posix) && !f.dryRun {
+			a.ui.Info("the server reads the files anew when it starts; where STORAGE_USERS_POSIX_SCAN_FS is false, its command `posixfs scan` does that")
+		}
 		a.showInPlace(&inPlaceSummary{
 			Event: "summary", Verb: "restore", InPlace: true, DryRun: f.dryRun, Snapshot: p.sn.ID().String(), Space: p.item.Space.Folder,
 			Path: p.item.Path, Kind: string(p.item.Kind), Result: res, Seconds: time.Since(begun).Seconds(),
 		})
 		return nil
 	})
+}
+
+// inPlaceObjects opens the bucket that holds the blobs of a store, and the one with what the repository does not
+// have; nil if the blobs are files.
+func (a *app) inPlaceObjects(ctx context.Context, inst *ocis.Instance, st *ocis.Store, was *snapshot.Store) (*inplace.Objects, error) {
+	if st.S3 == nil {
+		if remoteDriver(st.Driver) {
+			return nil, errors.New("the configuration does not say in which bucket they lie")
+		}
+		return nil, nil
+	}
+	o := &inplace.Objects{}
+	var err error
+	if o.Dest, err = a.bucketOf(ctx, st.S3); err != nil {
+		return nil, err
+	}
+	for _, x := range o.Dest.CheckAccess(ctx, bucket.ListBucket, bucket.GetObject, bucket.PutObject, bucket.DeleteObject) {
+		if err == nil {
+			err = x.Err
+		}
+	}
+	if err == nil {
+		o.Source, err = a.openSource(ctx, inst, was)
+	}
+	if err != nil {
+		o.Dest.Close()
+		return nil, err
+	}
+	return o, nil
 }
 
 func explainInPlace(err error, arg string) error {
@@ -111,6 +151,8 @@ func explainInPlace(err error, arg string) error {
 		return ui.WithHints(err, "Restore that folder in its place, or take it out of the trash in the running instance first.")
 	case errors.Is(err, inplace.ErrNoSpace):
 		return ui.WithHints(err, "Restore the whole space: leave out the path in "+ui.Quote(arg)+".")
+	case errors.Is(err, inplace.ErrPlanted):
+		return ui.WithHints(err, "No server makes such a thing. `holdfast consistency` tells what else is wrong there.")
 	case errors.Is(err, inplace.ErrLives):
 		return ui.WithHints(err, "It was taken out of the trash since. Restore it to a folder with --to.")
 	}
@@ -206,6 +248,9 @@ func (a *app) showInPlace(s *inPlaceSummary) {
 		lines = append(lines, fmt.Sprintf("in the way and to be moved aside: %s", ui.Count(int64(len(r.Moved)), "entry")))
 	case r.Aside != "":
 		lines = append(lines, "what was in the way is in "+ui.Quote(r.Aside))
+	}
+	if r.AsideObjects != "" {
+		lines = append(lines, "objects that were in the way are in the bucket below "+ui.Quote(r.AsideObjects))
 	}
 	a.ui.Text(lines...)
 }

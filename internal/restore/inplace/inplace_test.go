@@ -1,16 +1,23 @@
 package inplace_test
 
 import (
+	"context"
+	"encoding/json"
 	"errors"
+	"io"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
-	"github.com/holdfast-backup/holdfast/internal/backend/mem"
-	"github.com/holdfast-backup/holdfast/internal/capture"
+	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-backup/holdfast/internal/browse/browsetest"
 	"github.com/holdfast-backup/holdfast/internal/consistency"
 	"github.com/holdfast-backup/holdfast/internal/ocis"
 	"github.com/holdfast-backup/holdfast/internal/repo"
@@ -24,45 +31,26 @@ const alan = "b1f74ec4-dd7e-11ef-a543-03775734d0f7"
 
 // world is a fixture, a snapshot of it, and a copy of it to damage.
 type world struct {
-	t    *testing.T
-	dir  string // the original
+	inst *browsetest.Instance // the original
+	dir  string               // where it is
 	r    *repo.Repository
 	tree id.ID
 	m    *snapshot.Manifest
-	// before is what the check finds in the original.
-	before map[string]bool
+	pre  string // prefix of the attributes of the users' store
+	// before is what the check finds in the original: with the system storage, and without.
+	before [2]map[string]bool
 }
 
-func newWorld(t *testing.T) *world {
+func newWorld(t *testing.T, name string) *world {
 	t.Helper()
-	ctx := t.Context()
-	w := &world{t: t, dir: testfixture.Unpack(t, testfixture.OCIS)}
-	r, err := repo.Init(ctx, mem.New(), "pw", repo.InitOptions{KDF: repo.KDF{N: 1024, R: 1, P: 1}})
-	if err != nil {
+	w := &world{inst: browsetest.Unpack(t, name), r: browsetest.NewRepo(t)}
+	w.dir = w.inst.Dir
+	sn := browsetest.Backup(t, w.r, w.inst, time.Now())
+	w.tree, w.pre = *sn.Tree, w.inst.Store("users").Prefix
+	var err error
+	if w.m, err = snapshot.LoadManifest(t.Context(), w.r, w.tree); err != nil {
 		t.Fatal(err)
 	}
-	data := filepath.Join(w.dir, "data")
-	inst := &ocis.Instance{Product: ocis.OpenCloud, Setup: "posix", BasePath: data, ConfigDir: filepath.Join(w.dir, "config"), Stores: []ocis.Store{
-		{Name: "users", Root: filepath.Join(data, "storage/users"), Driver: "ocis", Layout: ocis.Decomposed, Prefix: ocis.PrefixOCIS},
-		{Name: "system", Root: filepath.Join(data, "storage/metadata"), Driver: "decomposed", Layout: ocis.Decomposed, Prefix: ocis.PrefixOpenCloud},
-	}}
-	for _, s := range inst.Stores {
-		for _, kind := range []ocis.Kind{ocis.Metadata, ocis.Blobs} {
-			inst.DataSets = append(inst.DataSets, ocis.DataSet{Name: "storage-" + s.Name + "-" + string(kind), Kind: kind, Path: s.Root, Store: s.Name, Found: true})
-		}
-	}
-	rw := r.NewWriter(ctx)
-	res, err := capture.Run(ctx, r, rw, capture.Options{Instance: inst})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if w.tree, err = res.Finish(ctx, []byte("readme\n")); err != nil {
-		t.Fatal(err)
-	}
-	if err := rw.Flush(ctx); err != nil {
-		t.Fatal(err)
-	}
-	w.r, w.m = r, &res.Manifest
 	return w
 }
 
@@ -70,16 +58,25 @@ func newWorld(t *testing.T) *world {
 type scene struct {
 	*world
 	t    *testing.T
+	now  *browsetest.Instance
 	data string
+	// whole makes the check look at the system storage, too.
+	whole bool
 }
 
 func (w *world) scene(t *testing.T) *scene {
 	t.Helper()
-	s := &scene{world: w, t: t, data: filepath.Join(t.TempDir(), "data")}
-	if out, err := exec.Command("cp", "-a", filepath.Join(w.dir, "data"), s.data).CombinedOutput(); err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
+	s := &scene{world: w, t: t, now: w.inst.Copy(t)}
+	s.data = filepath.Join(s.now.Dir, "data")
 	return s
+}
+
+// blob is the file or the object of a blob of alan's.
+func (s *scene) blob(id string) string {
+	if s.now.Objects != "" {
+		return filepath.Join(s.now.Objects, alan, ocis.NodePath(id))
+	}
+	return filepath.Join(s.space(), "blobs", ocis.NodePath(id))
 }
 
 // reset makes alan's space what it was.
@@ -139,7 +136,7 @@ func (s *scene) must(err error) {
 func (s *scene) target(node, key string) inplace.Target {
 	st := s.m.Stores[0]
 	for _, sp := range st.Spaces {
-		if sp.ID == alan {
+		if sp.Alias == "personal/alan" {
 			return inplace.Target{Space: sp, Store: st, Node: node, Key: key}
 		}
 	}
@@ -154,19 +151,29 @@ func (s *scene) run(node, key string) (*inplace.Result, error) {
 			o.SystemStore = &s.m.Stores[i]
 		}
 	}
+	if b := s.now.Bucket(s.t); b != nil {
+		o.Objects = &inplace.Objects{Dest: b}
+	}
 	return inplace.Run(s.t.Context(), s.r, s.tree, s.target(node, key), o)
 }
 
 // check runs the consistency check and returns the findings that the original has not.
 func (s *scene) check() []string {
 	s.t.Helper()
-	of := func(data string) []string {
+	of := func(i *browsetest.Instance) []string {
 		var list []consistency.Store
-		for _, x := range []struct{ name, root, prefix string }{{"users", "users", ocis.PrefixOCIS}, {"system", "metadata", ocis.PrefixOpenCloud}} {
-			d, err := consistency.OpenDir(filepath.Join(data, "storage", x.root), string(ocis.Decomposed), x.prefix)
+		for _, st := range i.Stores {
+			if st.Name != "users" && (!s.whole || st.Name != "system") {
+				continue
+			}
+			d, err := consistency.OpenDir(st.Root, string(st.Layout), st.Prefix)
 			s.must(err)
 			defer d.Close()
-			list = append(list, consistency.Store{Name: x.name, Place: d, Layout: string(ocis.Decomposed), Prefix: x.prefix})
+			c := consistency.Store{Name: st.Name, Place: d, Layout: string(st.Layout), Prefix: st.Prefix}
+			if st.S3 != nil {
+				c.Remote, c.Blobs = true, objectFiles{i.Objects}
+			}
+			list = append(list, c)
 		}
 		var out []string
 		_, err := consistency.Run(s.t.Context(), list, consistency.Options{ReadData: true, Found: func(f consistency.Finding) error {
@@ -176,20 +183,52 @@ func (s *scene) check() []string {
 		s.must(err)
 		return out
 	}
-	if s.before == nil {
-		s.world.before = map[string]bool{}
-		for _, f := range of(filepath.Join(s.dir, "data")) {
-			s.before[f] = true
+	before := &s.world.before[0]
+	if s.whole {
+		before = &s.world.before[1]
+	}
+	if *before == nil {
+		*before = map[string]bool{}
+		for _, f := range of(s.inst) {
+			(*before)[f] = true
 		}
 	}
 	var out []string
-	for _, f := range of(s.data) {
-		if !s.before[f] {
+	for _, f := range of(s.now) {
+		if !(*before)[f] {
 			out = append(out, f)
 		}
 	}
 	return out
 }
+
+// objectFiles reads a bucket as the files that its server has.
+type objectFiles struct{ dir string }
+
+func (b objectFiles) List(_ context.Context, space string, fn func(consistency.BlobInfo) error) error {
+	top := filepath.Join(b.dir, space)
+	err := filepath.WalkDir(top, func(p string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		fi, err := d.Info()
+		if err != nil {
+			return err
+		}
+		return fn(consistency.BlobInfo{ID: strings.ReplaceAll(strings.TrimPrefix(p, top), "/", ""), Size: fi.Size()})
+	})
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
+}
+
+func (b objectFiles) Open(_ context.Context, space, blob string) (io.ReadCloser, error) {
+	return os.Open(filepath.Join(b.dir, space, ocis.NodePath(blob)))
+}
+
+// spaceID is the id of alan's space, which is his own but for the posix driver.
+func (s *scene) spaceID() string { return s.target("", "").Space.ID }
 
 // equal compares the store with the original: all of it, but the times of folders, and the metadata of
 // those that were changed as the server changes them.
@@ -198,6 +237,16 @@ func (s *scene) equal(changed ...string) {
 	skip := map[string]bool{}
 	for _, key := range changed {
 		skip[ocis.SpacePath(alan)+"/nodes/"+ocis.NodePath(key)+".mpk"] = true
+	}
+	if s.now.Objects != "" {
+		o := testfixture.Options{IgnoreTimes: true, IgnoreMode: true, IgnoreXattrs: true, Ignore: func(p string) bool {
+			return strings.HasPrefix(p, "holdfast-aside-") || p == ".sgwtmp"
+		}}
+		diffs, err := testfixture.DiffOptions(s.inst.Objects, s.now.Objects, o)
+		s.must(err)
+		for _, d := range diffs {
+			s.t.Error("bucket: ", d)
+		}
 	}
 	for _, x := range []string{"users", "metadata"} {
 		diffs, err := testfixture.DiffOptions(filepath.Join(s.dir, "data/storage", x), filepath.Join(s.data, "storage", x), testfixture.Options{
@@ -213,6 +262,81 @@ func (s *scene) equal(changed ...string) {
 			s.t.Errorf("%s: %s", x, d)
 		}
 	}
+}
+
+// shareLists are the lists that speak of alan's shares: his own, what was received, what was made.
+func (s *scene) shareLists() []string {
+	s.t.Helper()
+	names, err := os.ReadDir(s.inst.ShareNode("storages"))
+	s.must(err)
+	out := []string{"storages/" + names[0].Name() + "/" + alan + ".json"}
+	users, err := os.ReadDir(s.inst.ShareNode("users"))
+	s.must(err)
+	for _, name := range []string{"received.json", "created.json"} {
+		for _, u := range users {
+			p := "users/" + u.Name() + "/" + name
+			if strings.Contains(string(s.inst.ShareList(s.t, p)), ":"+alan) {
+				out = append(out, p)
+			}
+		}
+	}
+	return out
+}
+
+// unindex removes a space from an index.
+func (s *scene) unindex(name, id string) {
+	s.t.Helper()
+	p := filepath.Join(s.users(), "indexes", name+".mpk")
+	data, err := os.ReadFile(p)
+	s.must(err)
+	list, err := ocis.ParseIndex(data)
+	s.must(err)
+	s.must(os.WriteFile(p, ocis.EncodeIndex(slices.DeleteFunc(list, func(e ocis.IndexEntry) bool { return e.SpaceID == id })), 0o600))
+}
+
+// sameIndex makes sure that the entry of a space is in the index again, at its end, and gives it back its order
+// and time.
+func (s *scene) sameIndex(name string) {
+	s.t.Helper()
+	p, q := filepath.Join(s.users(), "indexes", name+".mpk"), filepath.Join(s.dir, "data/storage/users/indexes", name+".mpk")
+	a, err := os.ReadFile(p)
+	s.must(err)
+	b, err := os.ReadFile(q)
+	s.must(err)
+	if len(a) != len(b) {
+		s.t.Errorf("index %s has %d bytes, not %d", name, len(a), len(b))
+	}
+	s.must(os.WriteFile(p, b, 0o600))
+	fi, err := os.Stat(q)
+	s.must(err)
+	s.must(os.Chtimes(p, fi.ModTime(), fi.ModTime()))
+}
+
+// ownAs gives a file the owner of another one.
+func (s *scene) ownAs(of, file string) {
+	s.t.Helper()
+	var st unix.Stat_t
+	s.must(unix.Lstat(of, &st))
+	s.must(os.Lchown(file, int(st.Uid), int(st.Gid)))
+}
+
+// kill ends a run before its change number at. It tells whether there were as many.
+func (s *scene) kill(node string, at int) (killed bool) {
+	n := 0
+	inplace.SetStep(func() {
+		if n++; n == at {
+			panic("killed")
+		}
+	})
+	defer inplace.SetStep(func() {})
+	defer func() {
+		if recover() != nil {
+			killed = true
+		}
+	}()
+	_, err := s.run(node, node)
+	s.must(err)
+	return false
 }
 
 func (s *scene) clean() {
@@ -237,10 +361,10 @@ func (s *scene) purge(p string) (node string, above []string) {
 		if strings.HasSuffix(f, ".mpk") {
 			data, err := os.ReadFile(f)
 			s.must(err)
-			m, err := ocis.ParseNode(ocis.PrefixOCIS, data)
+			m, err := ocis.ParseNode(s.pre, data)
 			s.must(err)
 			if m.BlobID != "" {
-				_ = os.Remove(filepath.Join(s.space(), "blobs", ocis.NodePath(m.BlobID)))
+				_ = os.Remove(s.blob(m.BlobID))
 			}
 			if !strings.Contains(f, ".REV.") {
 				size = int(m.BlobSize)
@@ -272,7 +396,7 @@ func (s *scene) grow(key string, by int) {
 	for _, c := range a.Text("treesize") {
 		n = 10*n + int(c-'0')
 	}
-	a.Set(ocis.PrefixOCIS, "treesize", []byte(itoa(n+by)))
+	a.Set(s.pre, "treesize", []byte(itoa(n+by)))
 	s.must(os.WriteFile(s.node(key)+".mpk", ocis.EncodeMPK(a), 0o600))
 }
 
@@ -300,7 +424,12 @@ func (s *scene) sizesAsBefore(keys []string) {
 }
 
 func TestInPlace(t *testing.T) {
-	w := newWorld(t)
+	for _, name := range []string{testfixture.OCIS, testfixture.OCISWithS3Blobs} {
+		t.Run(name, func(t *testing.T) { inPlace(t, newWorld(t, name)) })
+	}
+}
+
+func inPlace(t *testing.T, w *world) {
 	t.Run("one file with its versions", func(t *testing.T) {
 		s := w.scene(t)
 		node, above := s.purge("Round 0/versioned.txt")
@@ -332,7 +461,7 @@ func TestInPlace(t *testing.T) {
 	t.Run("a damaged blob", func(t *testing.T) {
 		s := w.scene(t)
 		node := s.find("Round 0/dup1.bin")
-		s.must(os.WriteFile(filepath.Join(s.space(), "blobs", ocis.NodePath(s.attr(node, "blobid"))), []byte("bad"), 0o644))
+		s.must(os.WriteFile(s.blob(s.attr(node, "blobid")), []byte("bad"), 0o644))
 		_, err := s.run(node, node)
 		s.must(err)
 		s.clean()
@@ -344,7 +473,7 @@ func TestInPlace(t *testing.T) {
 		list, err := filepath.Glob(s.node(node) + ".REV.*Z")
 		s.must(err)
 		key := node + strings.TrimPrefix(list[0], s.node(node))
-		s.must(os.Remove(filepath.Join(s.space(), "blobs", ocis.NodePath(s.attr(key, "blobid")))))
+		s.must(os.Remove(s.blob(s.attr(key, "blobid"))))
 		s.must(os.Remove(list[0]))
 		s.must(os.Remove(list[0] + ".mpk"))
 		res, err := s.run(node, key)
@@ -395,7 +524,7 @@ func TestInPlace(t *testing.T) {
 			node, _, _ := strings.Cut(key, ".T.")
 			for _, b := range []string{s.attr(key, "blobid")} {
 				if b != "" {
-					s.must(os.Remove(filepath.Join(s.space(), "blobs", ocis.NodePath(b))))
+					s.must(os.Remove(s.blob(b)))
 				}
 			}
 			s.must(os.RemoveAll(s.node(key)))
@@ -409,20 +538,13 @@ func TestInPlace(t *testing.T) {
 	})
 	t.Run("a purged space", func(t *testing.T) {
 		s := w.scene(t)
+		s.whole = true
 		s.must(os.RemoveAll(s.space()))
+		if s.now.Objects != "" {
+			s.must(os.RemoveAll(filepath.Join(s.now.Objects, alan)))
+		}
 		for _, name := range []string{"by-type/personal", "by-user-id/" + alan} {
-			p := filepath.Join(s.users(), "indexes", name+".mpk")
-			data, err := os.ReadFile(p)
-			s.must(err)
-			list, err := ocis.ParseIndex(data)
-			s.must(err)
-			var kept []ocis.IndexEntry
-			for _, e := range list {
-				if e.SpaceID != alan {
-					kept = append(kept, e)
-				}
-			}
-			s.must(os.WriteFile(p, ocis.EncodeIndex(kept), 0o600))
+			s.unindex(name, alan)
 		}
 		res, err := s.run("", "")
 		s.must(err)
@@ -432,20 +554,96 @@ func TestInPlace(t *testing.T) {
 		s.clean()
 		// The entries came back, at the end of their files.
 		for _, name := range []string{"by-type/personal", "by-user-id/" + alan} {
-			p, q := filepath.Join(s.users(), "indexes", name+".mpk"), filepath.Join(s.dir, "data/storage/users/indexes", name+".mpk")
-			a, err := os.ReadFile(p)
-			s.must(err)
-			b, err := os.ReadFile(q)
-			s.must(err)
-			if len(a) != len(b) {
-				t.Errorf("index %s has %d bytes, not %d", name, len(a), len(b))
-			}
-			s.must(os.WriteFile(p, b, 0o600))
-			fi, err := os.Stat(q)
-			s.must(err)
-			s.must(os.Chtimes(p, fi.ModTime(), fi.ModTime()))
+			s.sameIndex(name)
 		}
 		s.equal()
+	})
+	t.Run("the shares of a purged space", func(t *testing.T) {
+		s := w.scene(t)
+		s.whole = true
+		lists := s.shareLists()
+		if len(lists) != 3 {
+			t.Fatalf("%q", lists)
+		}
+		// The records of the space are gone; those of another one, and members that nobody knows, stay.
+		s.must(os.RemoveAll(s.space()))
+		s.now.SetShareList(s.t, lists[0], `{"Shares":{}}`)
+		s.now.SetShareList(s.t, lists[1], `{"Spaces":{"x:other":{"States":{"x:other:1":{"State":1}}}},"Odd":true}`)
+		s.now.SetShareList(s.t, lists[2], `{"UserShares":null,"Etag":"\"new\""}`)
+		if s.now.Objects != "" {
+			s.must(os.RemoveAll(filepath.Join(s.now.Objects, alan)))
+		}
+		res, err := s.run("", "")
+		s.must(err)
+		if len(res.Shares) != 3 || len(res.Warnings) > 0 {
+			t.Errorf("%+v", res)
+		}
+		for i, add := range []string{"", `"Odd":true`, `"Etag":"\"new\""`} {
+			var got, want map[string]any
+			s.must(json.Unmarshal(s.now.ShareList(s.t, lists[i]), &got))
+			s.must(json.Unmarshal(s.inst.ShareList(s.t, lists[i]), &want))
+			switch i {
+			case 0:
+				delete(want, "Etag") // of the list as a whole
+			case 1:
+				if other := got["Spaces"].(map[string]any); len(other) != 2 || got["Odd"] != true { //nolint:forcetypeassert // a test
+					t.Errorf("%s: %v", add, got)
+				}
+				delete(got["Spaces"].(map[string]any), "x:other") //nolint:forcetypeassert // a test
+				delete(got, "Odd")
+			case 2:
+				if got["Etag"] != `"new"` {
+					t.Errorf("%s: %v", add, got)
+				}
+				got["Etag"] = want["Etag"]
+			}
+			if !reflect.DeepEqual(got, want) {
+				t.Errorf("%s: %v, want %v", lists[i], got, want)
+			}
+		}
+		for _, f := range s.check() {
+			if !strings.HasPrefix(f, "note blob-orphaned ") {
+				t.Error("found: ", f)
+			}
+		}
+		if res, err := s.run("", ""); err != nil || len(res.Shares) > 0 {
+			t.Errorf("the second time: %+v, %v", res, err)
+		}
+		// A list that is gone comes back as it was.
+		s = w.scene(t)
+		s.whole = true
+		file := s.now.ShareNode(lists[0])
+		s.must(os.RemoveAll(s.space()))
+		s.must(os.Remove(file))
+		s.must(os.Remove(file + ".mpk"))
+		s.must(os.Remove(filepath.Join(s.now.ShareNode(filepath.Dir(lists[0])), filepath.Base(lists[0]))))
+		if res, err := s.run("", ""); err != nil || len(res.Shares) != 1 {
+			t.Errorf("%+v, %v", res, err)
+		}
+		s.clean()
+	})
+	t.Run("links that nobody has made", func(t *testing.T) {
+		for _, part := range []string{"nodes", "blobs"} {
+			s := w.scene(t)
+			if s.now.Objects != "" && part == "blobs" {
+				continue
+			}
+			node := s.find("Round 0/dup1.bin")
+			id := node
+			if part == "blobs" {
+				id = s.attr(node, "blobid")
+			}
+			dir, elsewhere := filepath.Join(s.space(), part, id[:2]), filepath.Join(s.users(), "elsewhere")
+			s.must(os.RemoveAll(dir))
+			s.must(os.Mkdir(elsewhere, 0o755))
+			s.must(os.Symlink("../../../../elsewhere", dir))
+			if _, err := s.run(node, node); !errors.Is(err, inplace.ErrPlanted) {
+				t.Errorf("%s: %v", part, err)
+			}
+			if list, err := os.ReadDir(elsewhere); err != nil || len(list) > 0 {
+				t.Errorf("%s: written through the link: %v, %v", part, list, err)
+			}
+		}
 	})
 	t.Run("a space over a newer one", func(t *testing.T) {
 		s := w.scene(t)
@@ -458,6 +656,22 @@ func TestInPlace(t *testing.T) {
 		}
 		s.clean()
 		s.equal()
+		if s.now.Objects == "" {
+			return
+		}
+		// An object that is another one, and one that the snapshot does not have.
+		blob, newer := s.blob(s.attr(node, "blobid")), s.blob("deadbeef-0000-4000-8000-000000000000")
+		s.must(os.WriteFile(blob, []byte("other"), 0o644))
+		s.must(os.MkdirAll(filepath.Dir(newer), 0o755))
+		s.must(os.WriteFile(newer, []byte("newer"), 0o644))
+		if res, err = s.run("", ""); err != nil || len(res.Moved) != 3 || res.AsideObjects == "" || res.Blobs != 1 {
+			t.Errorf("%+v, %v", res, err)
+		}
+		s.clean()
+		s.equal()
+		if p, err := os.ReadFile(filepath.Join(s.now.Objects, res.AsideObjects, strings.TrimPrefix(newer, s.now.Objects))); err != nil || string(p) != "newer" {
+			t.Errorf("the newer object: %q, %v", p, err)
+		}
 	})
 	t.Run("another file has the name", func(t *testing.T) {
 		s := w.scene(t)
@@ -470,7 +684,7 @@ func TestInPlace(t *testing.T) {
 		s.must(err)
 		a, err := ocis.ParseMPK(p)
 		s.must(err)
-		a.Set(ocis.PrefixOCIS, "name", []byte("dup1.bin"))
+		a.Set(s.pre, "name", []byte("dup1.bin"))
 		s.must(os.WriteFile(s.node(other)+".mpk", ocis.EncodeMPK(a), 0o600))
 		res, err := s.run(node, node)
 		s.must(err)
@@ -488,8 +702,8 @@ func TestInPlace(t *testing.T) {
 		s.must(err)
 		a, err := ocis.ParseMPK(p)
 		s.must(err)
-		a.Set(ocis.PrefixOCIS, "name", []byte("elsewhere.bin"))
-		a.Set(ocis.PrefixOCIS, "parentid", []byte(to))
+		a.Set(s.pre, "name", []byte("elsewhere.bin"))
+		a.Set(s.pre, "parentid", []byte(to))
 		s.must(os.WriteFile(s.node(node)+".mpk", ocis.EncodeMPK(a), 0o600))
 		s.grow(from, -60000)
 		s.grow(to, 60000)
@@ -517,7 +731,7 @@ func TestInPlace(t *testing.T) {
 // TestKilled: wherever the process ends, nothing is damaged, and the next run finishes.
 func TestKilled(t *testing.T) {
 	defer inplace.SetStep(func() {})
-	w := newWorld(t)
+	w := newWorld(t, testfixture.OCIS)
 	for _, what := range []string{"file", "damaged", "space"} {
 		t.Run(what, func(t *testing.T) {
 			s := w.scene(t)
@@ -532,30 +746,13 @@ func TestKilled(t *testing.T) {
 				}
 				return node
 			}
-			kill := func(node string, at int) (killed bool) {
-				n := 0
-				inplace.SetStep(func() {
-					if n++; n == at {
-						panic("killed")
-					}
-				})
-				defer inplace.SetStep(func() {})
-				defer func() {
-					if recover() != nil {
-						killed = true
-					}
-				}()
-				_, err := s.run(node, node)
-				s.must(err)
-				return false
-			}
-			every := 5
+			every := 7
 			if what == "space" {
-				every = 300
+				every = 500
 			}
 			for at := 1; ; at += every {
 				node := begin()
-				killed := kill(node, at)
+				killed := s.kill(node, at)
 				if killed && what != "damaged" {
 					for _, f := range s.check() {
 						if strings.HasPrefix(f, "damage ") {

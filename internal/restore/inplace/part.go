@@ -2,14 +2,13 @@ package inplace
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"os"
 	"path"
-	"path/filepath"
-	"slices"
 	"sort"
 	"strconv"
 	"strings"
@@ -18,6 +17,7 @@ import (
 
 	"github.com/holdfast-backup/holdfast/internal/ocis"
 	"github.com/holdfast-backup/holdfast/internal/pax"
+	"github.com/holdfast-backup/holdfast/internal/restore/posix"
 )
 
 // snapNode is a node of the snapshot's space: about 300 bytes while a part of the space is put back.
@@ -216,6 +216,9 @@ func (r *run) part() error {
 	// What is there of it, and where.
 	affected := map[string]bool{}
 	gone := r.present(want, version, affected)
+	if r.objects.err != nil {
+		return r.objects.err
+	}
 	if err := r.blobsOf(blobs); err != nil {
 		return err
 	}
@@ -230,6 +233,9 @@ func (r *run) part() error {
 	}
 	if parent != "" {
 		affected[parent] = true
+	}
+	if err := r.flush(); err != nil { // the blobs
+		return err
 	}
 	if err := r.journal(want, affected); err != nil {
 		return err
@@ -246,6 +252,9 @@ func (r *run) part() error {
 		}
 	}
 	if err := r.nodesOf(want); err != nil {
+		return err
+	}
+	if err := r.flush(); err != nil {
 		return err
 	}
 	switch {
@@ -302,16 +311,7 @@ func (r *run) meta(key string) (ocis.NodeMeta, error) {
 }
 
 // list lists a folder on disk.
-func (r *run) list(rel string) []os.DirEntry {
-	f, err := r.root.Open(rel)
-	if err != nil {
-		return nil
-	}
-	defer f.Close()
-	out, _ := f.ReadDir(-1)
-	slices.SortFunc(out, func(a, b os.DirEntry) int { return strings.Compare(a.Name(), b.Name()) })
-	return out
-}
+func (r *run) list(rel string) []os.DirEntry { return posix.List(r.root, rel) }
 
 // beside lists what lies at a node's place: itself, its metadata, locks, versions.
 func (r *run) beside(id string) []string {
@@ -410,7 +410,7 @@ func (r *run) present(want map[string]bool, version bool, affected map[string]bo
 			}
 		}
 		for _, b := range sortedSet(blobs) {
-			if r.exists(r.blobRel(b)) {
+			if r.blobThere(b) {
 				add(r.blobRel(b))
 			}
 		}
@@ -444,6 +444,9 @@ func (r *run) blobsOf(want map[string]bool) error {
 			return nil
 		}
 		found[b] = true
+		if r.objects.on() {
+			return r.objects.back(h, rel)
+		}
 		if ok, err := r.sameContent(h, rel); err != nil || ok {
 			if ok {
 				r.res.Unchanged++
@@ -486,20 +489,25 @@ func (r *run) sameContent(h *pax.Header, rel string) (bool, error) {
 		return false, nil
 	}
 	defer f.Close()
+	return sameBytes(r.ctx, src, f)
+}
+
+// sameBytes compares two contents.
+func sameBytes(ctx context.Context, want, have io.Reader) (bool, error) {
 	a, b := make([]byte, 128<<10), make([]byte, 128<<10)
 	for {
-		if r.ctx.Err() != nil {
-			return false, r.ctx.Err()
+		if ctx.Err() != nil {
+			return false, context.Cause(ctx)
 		}
-		n, errA := io.ReadFull(src, a)
-		m, errB := io.ReadFull(f, b)
-		if n != m || !bytes.Equal(a[:n], b[:m]) {
+		n, errA := io.ReadFull(want, a)
+		m, errB := io.ReadFull(have, b)
+		if errA != nil && errA != io.EOF && errA != io.ErrUnexpectedEOF {
+			return false, errA
+		}
+		if n != m || !bytes.Equal(a[:n], b[:m]) || (errA == nil) != (errB == nil) {
 			return false, nil
 		}
-		if errA != nil || errB != nil {
-			if errA != nil && errA != io.EOF && errA != io.ErrUnexpectedEOF {
-				return false, errA
-			}
+		if errA != nil {
 			return true, nil
 		}
 	}
@@ -623,6 +631,9 @@ func (r *run) trashLink(trash map[string]string) error {
 
 // link makes a symbolic link that belongs to whom like belongs.
 func (r *run) link(target, rel, like string) error {
+	if err := r.plain(rel); err != nil {
+		return err
+	}
 	step()
 	if err := r.root.Symlink(target, rel); err != nil {
 		return err
@@ -712,13 +723,7 @@ func (r *run) parentFor(nodes map[string]*snapNode, id, child string, depth int)
 
 // like is a header for new files beside the metadata of a folder.
 func (r *run) like(id string) (*pax.Header, error) {
-	fi, err := r.root.Lstat(r.nodeRel(id) + ".mpk")
-	if err != nil {
-		return nil, err
-	}
-	h := &pax.Header{Type: '0', Sec: r.o.Now.Unix(), Nsec: int64(r.o.Now.Nanosecond())}
-	h.UID, h.GID, h.Mode, err = ownerOf(fi)
-	return h, err
+	return r.headerOf(r.nodeRel(id) + ".mpk")
 }
 
 // trashedAbove is the name of the deleted folder that a folder on disk lies in, or "".
@@ -808,6 +813,9 @@ func (r *run) trashAway(parent, name, id string) error {
 	if err := r.link(trashTarget+ocis.NodePath(key), rel, r.nodeRel(id)); err != nil {
 		return err
 	}
+	if err := r.plain(r.nodeRel(id)); err != nil {
+		return err
+	}
 	step()
 	if err := r.root.Rename(r.nodeRel(id), r.nodeRel(key)); err != nil {
 		return err
@@ -829,7 +837,7 @@ func (r *run) change(key string, fn func(*ocis.Attributes)) error {
 	}
 	attrs, err := ocis.ParseMPK(p)
 	if err != nil {
-		return fmt.Errorf("%s: %w", filepath.Join(r.o.Root, rel), err)
+		return fmt.Errorf("%s: %w", r.abs(rel), err)
 	}
 	fn(&attrs)
 	q := ocis.EncodeMPK(attrs)
@@ -848,7 +856,7 @@ func (r *run) writeBytes(h *pax.Header, rel string, p []byte) error {
 	if hh.Records != nil {
 		hh.Records = nil
 	}
-	return r.file(rel, bytes.NewReader(p), int64(len(p)), func(f *os.File) error { return r.dressFile(&hh, f) })
+	return r.file(rel, bytes.NewReader(p), int64(len(p)), true, func(f *os.File) error { return r.dressFile(&hh, f) })
 }
 
 // resize sets the sizes and times of a folder and of all above, as the server does after a change.
@@ -897,7 +905,7 @@ func (r *run) resize(id string) error {
 
 // --- the journal ----------------------------------------------------------------------------------
 
-func (r *run) journalRel() string { return JournalDir + "/" + r.t.Space.ID + ".nodes" }
+func (r *run) journalRel() string { return r.work + "/" + r.t.Space.ID + ".nodes" }
 
 // oldJournal returns the nodes that a killed run was about to write.
 func (r *run) oldJournal() []string {
@@ -916,7 +924,7 @@ func (r *run) oldJournal() []string {
 
 // journal notes the nodes that may look damaged until the run is over.
 func (r *run) journal(want, affected map[string]bool) error {
-	if err := r.root.MkdirAll(JournalDir, 0o700); err != nil {
+	if err := r.root.MkdirAll(r.work, 0o700); err != nil {
 		return err
 	}
 	old, err := r.root.ReadFile(r.journalRel())

@@ -15,20 +15,29 @@ import (
 
 // space puts back a whole space: it is built beside the others and then takes its place at once.
 func (r *run) space() error {
-	staging := JournalDir + "/" + strings.ReplaceAll(strings.TrimPrefix(r.sp, "spaces/"), "/", "")
+	isPosix := r.t.Store.Layout == string(ocis.Posix)
+	if isPosix {
+		if err := r.posixPlaceForSpace(); err != nil {
+			return err
+		}
+	}
+	if err := r.storeFolders(); err != nil {
+		return err
+	}
+	staging := r.work + "/" + r.t.Space.ID
 	if !r.o.DryRun {
 		// Half of a space that a killed run left is nothing that anybody could miss.
 		if err := r.root.RemoveAll(staging); err != nil {
 			return err
 		}
-		if err := r.root.MkdirAll(JournalDir, 0o700); err != nil {
+		if err := r.root.MkdirAll(r.work, 0o700); err != nil {
 			return err
 		}
 	}
 	var top *pax.Header
 	links := []*pax.Header{}
 	err := r.each(r.spaceTar(), func(h *pax.Header, rel string, data io.Reader) error {
-		in, ok := strings.CutPrefix(rel+"/", r.sp+"/")
+		in, ok := strings.CutPrefix(rel+"/", r.src+"/")
 		if !ok {
 			return fmt.Errorf("%q does not lie in the space", h.Name)
 		}
@@ -36,7 +45,14 @@ func (r *run) space() error {
 		if in == "" {
 			top = h
 		}
-		r.countEntry(h, in)
+		if r.objects.on() && (in == "blobs" || strings.HasPrefix(in, "blobs/")) {
+			return r.objects.ofSpace(h, r.pre+rel)
+		}
+		if isPosix {
+			r.countPosix(h, in)
+		} else {
+			r.countEntry(h, in)
+		}
 		if r.o.DryRun {
 			return nil
 		}
@@ -54,8 +70,11 @@ func (r *run) space() error {
 	}
 	if !r.o.DryRun {
 		for _, h := range links {
-			from := strings.TrimPrefix(strings.TrimPrefix(h.Link, "./"), r.sp+"/")
-			to := strings.TrimPrefix(strings.TrimPrefix(h.Name, "./"), r.sp+"/")
+			from := strings.TrimPrefix(strings.TrimPrefix(h.Link, "./"), r.src+"/")
+			to := strings.TrimPrefix(strings.TrimPrefix(h.Name, "./"), r.src+"/")
+			if !safePath(from) {
+				return fmt.Errorf("%q is a further name of %q, which lies elsewhere", h.Name, h.Link)
+			}
 			if err := r.root.Link(path.Join(staging, from), path.Join(staging, to)); err != nil {
 				return err
 			}
@@ -79,10 +98,13 @@ func (r *run) space() error {
 			return err
 		}
 	}
+	if err := r.objects.rest(); err != nil {
+		return err
+	}
 	if err := r.indexes(); err != nil {
 		return err
 	}
-	if err := r.shareList(); err != nil {
+	if err := r.shareLists(); err != nil {
 		return err
 	}
 	return r.done()
@@ -93,8 +115,8 @@ func (r *run) done() error {
 	if r.o.DryRun {
 		return nil
 	}
-	if err := r.root.Remove(JournalDir); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		r.warn("%s holds more that was begun and not finished: run that restore again", JournalDir)
+	if err := r.root.Remove(r.work); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		r.warn("%s holds more that was begun and not finished: run that restore again", r.abs(r.work))
 	}
 	return nil
 }
@@ -130,13 +152,19 @@ func sizeOf(h *pax.Header) int64 {
 	return h.Size
 }
 
+// storeFolders reads how the folders of the store look that belong to no space.
+func (r *run) storeFolders() error {
+	return r.each(r.base()+"/store.tar", func(h *pax.Header, rel string, _ io.Reader) error {
+		if h.Type == '5' {
+			r.dirs[rel] = h
+		}
+		return nil
+	})
+}
+
 // indexes adds the entries of the space, as they were.
 func (r *run) indexes() error {
 	return r.each(r.base()+"/store.tar", func(h *pax.Header, rel string, data io.Reader) error {
-		if h.Type == '5' && (rel == "indexes" || strings.HasPrefix(rel, "indexes/")) {
-			r.dirs[rel] = h
-			return nil
-		}
 		if h.Type != '0' || !strings.HasPrefix(rel, "indexes/") || !strings.HasSuffix(rel, ".mpk") {
 			return nil
 		}
@@ -166,11 +194,16 @@ const metaLimit = 16 << 20
 
 func (r *run) addToIndex(h *pax.Header, rel string, e ocis.IndexEntry) error {
 	var have []ocis.IndexEntry
+	name := rel
+	rel = r.pre + rel
+	if err := r.plain(rel); err != nil {
+		return err
+	}
 	old, err := r.root.ReadFile(rel)
 	if err == nil {
 		have, err = ocis.ParseIndex(old)
 		if err != nil {
-			return fmt.Errorf("the index %s cannot be read, so that the space is not added to it: %w", rel, err)
+			return fmt.Errorf("the index %s cannot be read, so that the space is not added to it: %w", name, err)
 		}
 	} else if !errors.Is(err, fs.ErrNotExist) {
 		return err
@@ -184,7 +217,7 @@ func (r *run) addToIndex(h *pax.Header, rel string, e ocis.IndexEntry) error {
 	default:
 		have = append(have, e)
 	}
-	r.res.Indexes = append(r.res.Indexes, rel)
+	r.res.Indexes = append(r.res.Indexes, name)
 	if r.o.DryRun {
 		return nil
 	}
