@@ -47,6 +47,7 @@ type saver struct {
 	busy  chan struct{}
 	bufs  freeList
 	small freeList
+	heads freeList // for what a group adds to a tar
 	// zeros is the blob of the largest chunk of zeros, for holes that need not be read.
 	zeros struct {
 		once sync.Once
@@ -85,10 +86,14 @@ const fileBuffer = 2 * 4 << 20 // bytes: two of the largest chunks, so that a cu
 // smallFile is what is read in one piece without a large buffer.
 const smallFile = 512 << 10
 
+// tarBuffer is what a stream drains at, and one entry more unless it is a large one, in bytes.
+var tarBuffer = 2*tarChunks.Max + 64<<10
+
 func newSaver(t Target, seed [32]byte, read *atomic.Int64) *saver {
 	s := &saver{target: t, read: read, busy: make(chan struct{}, runtime.GOMAXPROCS(0)), files: chunk.New(seed, fileChunks), tars: chunk.New(seed, tarChunks)}
 	s.bufs = newFreeList(fileBuffer, 2*runtime.GOMAXPROCS(0))
 	s.small = newFreeList(smallFile+1, 4*runtime.GOMAXPROCS(0))
+	s.heads = newFreeList(tarBuffer, 4*runtime.GOMAXPROCS(0))
 	return s
 }
 

@@ -237,8 +237,11 @@ func (gr *grouper) work(g *group) error {
 	if err != nil {
 		return err
 	}
-	w := tarWorker{c: gr.c, r: gr.r, h: h, d: newDetails(gr.r), st: stream{s: gr.c.saver}}
-	defer w.d.close()
+	w := tarWorker{c: gr.c, r: gr.r, h: h, d: newDetails(gr.r), st: stream{s: gr.c.saver, buf: gr.c.saver.heads.get()[:0]}}
+	defer func() {
+		w.d.close()
+		gr.c.saver.heads.put(w.st.buf)
+	}()
 	for i := range g.entries {
 		if err := w.entry(gr.ctx, &g.entries[i]); err != nil {
 			return err
