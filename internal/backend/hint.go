@@ -11,6 +11,8 @@ type Hint uint8
 const (
 	// Metadata marks packs of trees, which are worth keeping near.
 	Metadata Hint = 1 << iota
+	// Near marks a part of a pack of contents that is worth keeping near, without the rest of the pack.
+	Near
 	// Fresh asks for the stored bytes themselves, after a copy of them has proved to be damaged.
 	Fresh
 )

@@ -22,6 +22,7 @@ type Content struct {
 	ends []int64 // where each chunk ends
 
 	shared *ChunkCache
+	near   bool // copies of the chunks are worth keeping on this machine
 	mu     sync.Mutex
 	last   []chunk // the last ones read, newest first
 }
@@ -105,8 +106,25 @@ func (k *ChunkCache) put(d id.ID, p []byte) {
 // Share makes c keep its chunks in a cache that others use as well. It must come before the first reading.
 func (c *Content) Share(k *ChunkCache) { c.shared = k }
 
+// openMeta is OpenContent for metadata: what is read again and again, and little beside the users' files.
+func (v *View) openMeta(n *snapshot.Node) (*Content, error) {
+	c, err := OpenContent(v.repo, n)
+	if err == nil {
+		c.near = true
+	}
+	return c, err
+}
+
+// loadMeta reads a whole file of metadata.
+func (v *View) loadMeta(ctx context.Context, n *snapshot.Node, limit int64) ([]byte, error) {
+	return snapshot.LoadContent(repo.Near(ctx), v.repo, n, limit)
+}
+
 // chunk loads the chunk no.
 func (c *Content) chunk(ctx context.Context, no int) ([]byte, error) {
+	if c.near {
+		ctx = repo.Near(ctx)
+	}
 	if c.shared != nil {
 		if p := c.shared.get(c.ids[no]); p != nil {
 			return p, nil

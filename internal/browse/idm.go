@@ -81,7 +81,7 @@ func (v *View) readIdentities(ctx context.Context) (*Identities, error) {
 	if err != nil || n == nil {
 		return p, err
 	}
-	c, err := OpenContent(v.repo, n)
+	c, err := v.openMeta(n)
 	if err != nil {
 		return p, err
 	}
@@ -262,7 +262,7 @@ func (v *View) readMountID(ctx context.Context) string {
 		if err != nil {
 			continue
 		}
-		p, err := snapshot.LoadContent(ctx, v.repo, n, configLimit)
+		p, err := v.loadMeta(ctx, n, configLimit)
 		if err != nil {
 			continue
 		}

@@ -52,7 +52,7 @@ func (v *View) metaTar(ctx context.Context, s *Space) (*metaTar, error) {
 	if err != nil {
 		return nil, err
 	}
-	c, err := OpenContent(v.repo, n)
+	c, err := v.openMeta(n)
 	if err != nil {
 		return nil, err
 	}
@@ -210,7 +210,7 @@ func (t *metaTar) entry(ctx context.Context, name string) (*pax.Header, []byte, 
 		if p := h.Records[pax.Content]; p != "" {
 			var n *snapshot.Node
 			if n, err = t.v.lookup(ctx, p); err == nil {
-				data, err = snapshot.LoadContent(ctx, t.v.repo, n, metaLimit)
+				data, err = t.v.loadMeta(ctx, n, metaLimit)
 			}
 			return false, err
 		}

@@ -108,7 +108,7 @@ func (v *View) listOrNone(ctx context.Context, s *Space, p string) ([]*Item, err
 }
 
 func (v *View) userShares(ctx context.Context, f *Item, out []Share) ([]Share, error) {
-	p, err := snapshot.LoadContent(ctx, v.repo, f.Node, sharesLimit)
+	p, err := v.loadMeta(ctx, f.Node, sharesLimit)
 	if err != nil {
 		return nil, err
 	}
@@ -142,7 +142,7 @@ func (v *View) userShares(ctx context.Context, f *Item, out []Share) ([]Share, e
 }
 
 func (v *View) links(ctx context.Context, f *Item, spaceID string, out []Share) ([]Share, error) {
-	p, err := snapshot.LoadContent(ctx, v.repo, f.Node, sharesLimit)
+	p, err := v.loadMeta(ctx, f.Node, sharesLimit)
 	if err != nil {
 		return nil, err
 	}

@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -459,5 +460,44 @@ func load(t *testing.T, srv *s3test.Server, bucket, dir string) {
 		return err
 	}); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// TestSecondLookStaysHere: what shows a snapshot asks a server for its packs once.
+func TestSecondLookStaysHere(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	initOn(t, local.New(dir), password)
+	var packs atomic.Int64
+	served := &resttest.Server{Dir: dir}
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if strings.HasPrefix(r.URL.Path, "/data/") {
+			packs.Add(1)
+		}
+		served.ServeHTTP(w, r)
+	}))
+	t.Cleanup(srv.Close)
+	f := newFar(t, "HOLDFAST_PASSWORD="+password, "HOLDFAST_REPOSITORY=rest:"+srv.URL)
+	source := testfixture.Unpack(t, testfixture.OCIS)
+	f.must("backup", "--base-data-path", filepath.Join(source, "data"), "--config-dir", filepath.Join(source, "config"), "--freeze", "none")
+	for _, args := range [][]string{
+		{"ls", "--long", "latest:personal/alan/Round 0"}, {"ls", "--trash", "latest:personal/alan"}, {"ls", "--versions", "latest:personal/alan/Round 0"},
+		{"spaces"}, {"snapshots"},
+	} {
+		// Another machine, where nothing of the repository is known.
+		if err := os.RemoveAll(filepath.Join(f.tmp, "cache")); err != nil {
+			t.Fatal(err)
+		}
+		packs.Store(0)
+		first := f.must(args...)
+		if n := packs.Swap(0); n == 0 {
+			t.Errorf("%q asked for no pack without a cache: the test tests nothing", args)
+		}
+		if again := f.must(args...); again != first {
+			t.Errorf("%q says something else the second time:\n%s\n%s", args, first, again)
+		}
+		if n := packs.Load(); n != 0 {
+			t.Errorf("%q asked for packs %d times when all was known", args, n)
+		}
 	}
 }

@@ -175,6 +175,10 @@ func hint(ctx context.Context, t BlobType) context.Context {
 	return ctx
 }
 
+// Near marks loads of data blobs that will be read again and again: metadata that lies among the contents.
+// Backends that keep copies then keep one of them.
+func Near(ctx context.Context) context.Context { return backend.WithHint(ctx, backend.Near) }
+
 // readRange fills p from a pack.
 func (r *Repository) readRange(ctx context.Context, packID ID, offset int64, p []byte) error {
 	h := backend.Handle{Type: backend.PackFile, Name: packID.String()}

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/holdfast-backup/holdfast/internal/repo"
 	"github.com/holdfast-backup/holdfast/internal/repo/id"
 )
 
@@ -198,7 +199,7 @@ func LoadManifest(ctx context.Context, l BlobLoader, root id.ID) (*Manifest, err
 	if err != nil {
 		return nil, err
 	}
-	p, err := LoadContent(ctx, l, n, manifestLimit)
+	p, err := LoadContent(repo.Near(ctx), l, n, manifestLimit)
 	if err != nil {
 		return nil, err
 	}

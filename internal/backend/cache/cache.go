@@ -1,8 +1,10 @@
 // Package cache keeps copies of what is read again and again from a repository on a server: index files,
-// snapshots, and packs of trees. The copies are encrypted as the originals are.
+// snapshots, packs of trees, and parts of packs: single trees, and the metadata of instances that lies among
+// the contents. The copies are encrypted as the originals are.
 //
 // The directory can be deleted at any time, is kept below a size, and can be shared by any number of
-// processes. A copy is compared with the hash that is its name before it is used.
+// processes. A copy is compared with the hash that is its name before it is used; one of a part with the hash
+// at its end.
 package cache
 
 import (
@@ -54,6 +56,8 @@ var _ backend.Backend = (*Backend)(nil)
 const (
 	// maxPack is the largest pack that is copied, in bytes; restic's largest are twice that.
 	maxPack = 64 << 20
+	// maxPiece is the longest part of a pack that is copied, in bytes: the largest chunk, with what encryption adds.
+	maxPiece = 9 << 20
 	// A pack is copied as a whole once this part of it was asked for: single trees of a pack are
 	// cheaper to get alone.
 	worth = 8
@@ -97,7 +101,8 @@ func (b *Backend) Save(ctx context.Context, h backend.Handle, data []byte) error
 func (b *Backend) Load(ctx context.Context, h backend.Handle, length int, offset int64, fn func(io.Reader) error) error {
 	hints := backend.Hints(ctx)
 	isPack := h.Type == backend.PackFile && hints&backend.Metadata != 0
-	if h.Check() != nil || length < 0 || offset < 0 || !(kept(h.Type) || isPack) {
+	isPart := h.Type == backend.PackFile && hints&backend.Near != 0
+	if h.Check() != nil || length < 0 || offset < 0 || !(kept(h.Type) || isPack || isPart && length > 0) {
 		return b.Backend.Load(ctx, h, length, offset, fn)
 	}
 	if hints&backend.Fresh != 0 {
@@ -110,14 +115,33 @@ func (b *Backend) Load(ctx context.Context, h backend.Handle, length int, offset
 	if part, ok := b.part(h, length, offset); ok {
 		return fn(bytes.NewReader(part))
 	}
-	if isPack {
-		if err := b.maybeFetch(ctx, h, length); err != nil {
-			return err
-		}
-		if part, ok := b.part(h, length, offset); ok {
+	if isPack || isPart {
+		if part, ok := b.piece(h, length, offset); ok {
 			return fn(bytes.NewReader(part))
 		}
-		return b.Backend.Load(ctx, h, length, offset, fn)
+		if isPack {
+			if err := b.maybeFetch(ctx, h, length); err != nil {
+				return err
+			}
+			if part, ok := b.part(h, length, offset); ok {
+				return fn(bytes.NewReader(part))
+			}
+		}
+		if length == 0 || length > maxPiece {
+			return b.Backend.Load(ctx, h, length, offset, fn)
+		}
+		return b.Backend.Load(ctx, h, length, offset, func(r io.Reader) error {
+			data := make([]byte, length)
+			n, err := io.ReadFull(r, data)
+			if err != nil {
+				return fn(io.MultiReader(bytes.NewReader(data[:n]), failing{err}))
+			}
+			if err := fn(bytes.NewReader(data)); err != nil {
+				return err
+			}
+			b.storePiece(h, offset, data)
+			return nil
+		})
 	}
 	data, err := b.fetch(ctx, h)
 	if err != nil {
@@ -175,7 +199,9 @@ func (b *Backend) maybeFetch(ctx context.Context, h backend.Handle, length int) 
 		delete(b.asked, h.Name)
 		b.mu.Unlock()
 	}()
-	_, err = b.fetch(ctx, h)
+	if _, err = b.fetch(ctx, h); err == nil {
+		b.dropPieces(h)
+	}
 	return err
 }
 
@@ -220,28 +246,97 @@ func (b *Backend) part(h backend.Handle, length int, offset int64) ([]byte, bool
 		b.drop(h)
 		return nil, false
 	}
-	// What was used lately stays.
-	if now := time.Now(); now.Sub(fi.ModTime()) > touchAfter || fi.ModTime().After(now) {
-		_ = os.Chtimes(b.path(h), now, now)
-	}
+	touch(b.path(h), fi)
 	return p, true
 }
 
+// failing is the end of what could not be read to its end.
+type failing struct{ err error }
+
+func (f failing) Read([]byte) (int, error) { return 0, f.err }
+
+// pieces is the directory of the parts of packs.
+const pieces = "pieces"
+
+func (b *Backend) piecePath(h backend.Handle, length int, offset int64) string {
+	return filepath.Join(b.dir, pieces, h.Name[:2], fmt.Sprintf("%s-%d-%d", h.Name, offset, length))
+}
+
+// isPiece tells the names of parts.
+func isPiece(name string) bool {
+	n, _, ok := strings.Cut(name, "-")
+	return ok && backend.IsName(n)
+}
+
+// storePiece keeps a part of a pack, with its hash behind it.
+func (b *Backend) storePiece(h backend.Handle, offset int64, data []byte) {
+	sum := sha256.Sum256(data)
+	b.storeAt(b.piecePath(h, len(data), offset), append(data[:len(data):len(data)], sum[:]...))
+}
+
+// piece returns the copy of just this part, if there is a good one.
+func (b *Backend) piece(h backend.Handle, length int, offset int64) ([]byte, bool) {
+	if length == 0 {
+		return nil, false
+	}
+	path := b.piecePath(h, length, offset)
+	fi, err := os.Lstat(path)
+	if err != nil || !fi.Mode().IsRegular() || fi.Size() != int64(length)+sha256.Size {
+		return nil, false
+	}
+	p, err := os.ReadFile(path)
+	if err != nil || len(p) != length+sha256.Size {
+		return nil, false
+	}
+	if sum := sha256.Sum256(p[:length]); !bytes.Equal(sum[:], p[length:]) {
+		_ = os.Remove(path)
+		return nil, false
+	}
+	touch(path, fi)
+	return p[:length], true
+}
+
+// dropPieces removes the parts of a pack.
+func (b *Backend) dropPieces(h backend.Handle) {
+	list, _ := filepath.Glob(filepath.Join(b.dir, pieces, h.Name[:2], h.Name+"-*"))
+	for _, path := range list {
+		_ = os.Remove(path)
+	}
+}
+
+// touch notes that a copy was used: what was used lately stays.
+func touch(path string, fi fs.FileInfo) {
+	if now := time.Now(); now.Sub(fi.ModTime()) > touchAfter || fi.ModTime().After(now) {
+		_ = os.Chtimes(path, now, now)
+	}
+}
+
 func (b *Backend) drop(h backend.Handle) {
+	if h.Type == backend.PackFile {
+		b.dropPieces(h)
+	}
 	_ = os.Remove(b.path(h))
 	b.mu.Lock()
 	delete(b.verified, h.Name)
 	b.mu.Unlock()
 }
 
-// store writes a copy under another name and renames it. Failure is no error: the original is there.
+// store keeps a copy of a file.
 func (b *Backend) store(h backend.Handle, data []byte) {
+	b.storeAt(b.path(h), data)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	delete(b.verified, h.Name)
+}
+
+// storeAt writes a copy under another name and renames it. Failure is no error: the original is there.
+func (b *Backend) storeAt(path string, data []byte) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.broken || int64(len(data)) > b.o.MaxBytes/4 {
 		return
 	}
-	err := b.write(b.path(h), data)
+	err := b.write(path, data)
 	if err != nil {
 		b.broken = true
 		if b.o.Warn != nil {
@@ -249,15 +344,20 @@ func (b *Backend) store(h backend.Handle, data []byte) {
 		}
 		return
 	}
-	delete(b.verified, h.Name)
 	if b.size < 0 {
 		b.size = b.shrink(b.o.MaxBytes)
 		return
 	}
-	if b.size += int64(len(data)); b.size > b.o.MaxBytes {
+	if b.size += onDisk(int64(len(data))); b.size > b.o.MaxBytes {
 		// Some more than needed, so that it is not done for each file. Others may write as well.
 		b.size = b.shrink(b.o.MaxBytes / 10 * 9)
 	}
+}
+
+// onDisk is about what a file of n bytes takes: file systems give whole blocks, and parts of packs are small.
+func onDisk(n int64) int64 {
+	const block = 4 << 10
+	return (n + block - 1) / block * block
 }
 
 // tmpPrefix begins the names of files that are being written.
@@ -306,9 +406,9 @@ func (b *Backend) shrink(limit int64) (left int64) {
 		switch {
 		case strings.HasPrefix(d.Name(), tmpPrefix) && time.Since(fi.ModTime()) > time.Hour: // of a killed process
 			_ = os.Remove(path)
-		case backend.IsName(d.Name()):
-			all = append(all, copied{path, fi.Size(), fi.ModTime()})
-			left += fi.Size()
+		case backend.IsName(d.Name()) || isPiece(d.Name()):
+			all = append(all, copied{path, onDisk(fi.Size()), fi.ModTime()})
+			left += onDisk(fi.Size())
 		}
 		return nil
 	})

@@ -309,3 +309,83 @@ func TestShared(t *testing.T) {
 	close(stop)
 	deleter.Wait()
 }
+
+// Parts of packs that are metadata are read once, and nothing else of the packs is copied. Single trees as well.
+func TestParts(t *testing.T) {
+	for name, hint := range map[string]backend.Hint{"contents": backend.Near, "trees": backend.Metadata} {
+		t.Run(name, func(t *testing.T) {
+			ctx := backend.WithHint(context.Background(), hint)
+			m, dir := mem.New(), t.TempDir()
+			f := fault.New(m)
+			h, data := file(backend.PackFile, 1, 1<<20)
+			if err := m.Save(ctx, h, data); err != nil {
+				t.Fatal(err)
+			}
+			look := func(want int) {
+				t.Helper()
+				before := f.Count(fault.Load, 0)
+				be := cache.New(f, cache.Options{Dir: dir}) // another process
+				for range 2 {
+					for _, off := range []int64{0, 70_000, 70_100} {
+						if got := read(t, ctx, be, h, 100, off); !bytes.Equal(got, data[off:off+100]) {
+							t.Errorf("wrong part at %d", off)
+						}
+					}
+				}
+				if n := f.Count(fault.Load, 0) - before; n != want {
+					t.Errorf("%d loads, not %d", n, want)
+				}
+			}
+			look(3)
+			look(0)
+			paths, size := copies(t, dir)
+			if len(paths) != 3 || size > 1000 {
+				t.Errorf("%d bytes in %q", size, paths)
+			}
+			// A damaged copy is read anew, and so is one that is cut short.
+			for i, spoil := range []func(p []byte) []byte{func(p []byte) []byte { p[3]++; return p }, func(p []byte) []byte { return p[:50] }} {
+				p, err := os.ReadFile(paths[i])
+				if err != nil {
+					t.Fatal(err)
+				}
+				if err := os.WriteFile(paths[i], spoil(p), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			look(2)
+			look(0)
+			// Whoever found what it read damaged does not get the copy again.
+			be := cache.New(f, cache.Options{Dir: dir})
+			if got := read(t, backend.WithHint(ctx, backend.Fresh), be, h, 100, 0); !bytes.Equal(got, data[:100]) {
+				t.Error("wrong")
+			}
+			if paths, _ := copies(t, dir); len(paths) != 0 {
+				t.Errorf("copies of a pack that was damaged: %q", paths)
+			}
+			look(3)
+			if err := be.Remove(ctx, h); err != nil {
+				t.Fatal(err)
+			}
+			if paths, _ := copies(t, dir); len(paths) != 0 {
+				t.Errorf("copies of a pack that is gone: %q", paths)
+			}
+		})
+	}
+}
+
+// Parts are bounded by the blocks that they take.
+func TestPartsAreBounded(t *testing.T) {
+	ctx := backend.WithHint(context.Background(), backend.Near)
+	m, dir := mem.New(), t.TempDir()
+	h, data := file(backend.PackFile, 1, 100_000)
+	if err := m.Save(ctx, h, data); err != nil {
+		t.Fatal(err)
+	}
+	be := cache.New(m, cache.Options{Dir: dir, MaxBytes: 100_000})
+	for off := int64(0); off < 100; off++ {
+		read(t, ctx, be, h, 100, off)
+	}
+	if paths, _ := copies(t, dir); len(paths) < 10 || len(paths) > 25 {
+		t.Errorf("%d parts of one block each in 100,000 bytes", len(paths))
+	}
+}
