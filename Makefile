@@ -40,6 +40,7 @@ SCRATCH ?= /var/tmp/holdfast-bench
 bench: build deps
 	mkdir -p $(SCRATCH)
 	$(GO) run ./bench/run -holdfast ./holdfast -files $(FILES) -bytes $(BYTES) -n $(RUNS) -scratch $(SCRATCH) -o docs/BENCHMARKS.md
+	$(GO) run ./bench/plot docs/BENCHMARKS.md docs/benchmarks.svg
 
 # For how long the service is down, on a store of 2.6 million entries; needs root, restic, btrfs-progs
 # and 40 GB in SCRATCH. What was interrupted goes on when it is run again.

@@ -21,6 +21,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -44,6 +45,7 @@ type options struct {
 	borg     bool
 	verify   bool
 	keep     bool
+	cold     bool
 	downtime bool
 	out      string
 }
@@ -76,6 +78,7 @@ func parse(args []string, stderr *os.File) (*options, error) {
 	f.BoolVar(&o.borg, "borg", false, "measure borg too")
 	f.BoolVar(&o.verify, "verify", true, "compare what was restored and check the repositories, outside the timing")
 	f.BoolVar(&o.keep, "keep", false, "leave repositories and restored files behind")
+	f.BoolVar(&o.cold, "cold", true, "drop the page cache before the steps that are to be cold; needs root, and all of the machine feels it")
 	f.BoolVar(&o.downtime, "downtime", false, "measure for how long the service is down instead, on ext4 and btrfs on loop devices; needs root")
 	f.StringVar(&o.out, "o", "", "Markdown file in which the section for these sizes is replaced or added")
 	if err := f.Parse(args); err != nil {
@@ -108,6 +111,7 @@ type bench struct {
 	usage   map[string]map[string]usage          // step -> tool
 	free    measure.Space
 	notes   []string
+	warm    bool // the page cache was not dropped
 }
 
 // usage is what a repository takes.
@@ -121,9 +125,16 @@ const (
 	stepUnchanged = "unchanged"
 	stepChanged   = "changed"
 	stepRestore   = "restore all"
+	stepSpace     = "restore one space"
+	stepFile      = "show one file, cold"
+	stepList      = "list a folder, cold"
+	stepCheck     = "check"
 )
 
-var steps = []string{stepFirst, stepUnchanged, stepChanged, stepRestore}
+var steps = []string{stepFirst, stepUnchanged, stepChanged, stepRestore, stepSpace, stepFile, stepList, stepCheck}
+
+// ofStore are the steps that read the store.
+var ofStore = []string{stepFirst, stepUnchanged, stepChanged}
 
 func run(ctx context.Context, args []string, stdout io.Writer, stderr *os.File) error {
 	o, err := parse(args, stderr)
@@ -241,10 +252,7 @@ func (b *bench) measure() error {
 	}
 	for i := range b.o.runs {
 		for _, t := range b.tools {
-			if err := os.RemoveAll(t.restored()); err != nil {
-				return err
-			}
-			if err := os.MkdirAll(t.restored(), 0o755); err != nil {
+			if err := b.afresh(t); err != nil {
 				return err
 			}
 			if err := b.timed(stepRestore, t, t.restore); err != nil {
@@ -259,6 +267,9 @@ func (b *bench) measure() error {
 				return err
 			}
 		}
+	}
+	if err := b.parts(); err != nil {
+		return err
 	}
 	if b.o.verify {
 		for _, t := range b.tools {
@@ -276,12 +287,17 @@ func (b *bench) timed(step string, t *tool, fn func() (measure.Cost, error)) err
 	if err := b.ctx.Err(); err != nil {
 		return err
 	}
-	if step != stepRestore {
+	if slices.Contains(ofStore, step) {
 		if _, err := b.readStore(); err != nil {
 			return err
 		}
 	}
 	unix.Sync()
+	if step == stepFile || step == stepList {
+		if err := b.cold(t); err != nil {
+			return err
+		}
+	}
 	c, err := fn()
 	if err != nil {
 		return fmt.Errorf("%s, %s: %w", t.name, step, err)

@@ -74,6 +74,14 @@ func (t *tool) restoredTree() string {
 	return filepath.Join(t.restored(), t.store())
 }
 
+// forget removes the program's cache.
+func (t *tool) forget() error {
+	if t.name == "borg" {
+		return nil // its cache says what is in the repository, and is not for reading
+	}
+	return os.RemoveAll(filepath.Join(t.dir, "cache"))
+}
+
 func (t *tool) remove() error { return os.RemoveAll(t.dir) }
 
 func (t *tool) run(args ...string) (measure.Cost, error) {
