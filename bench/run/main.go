@@ -4,7 +4,8 @@
 //	go build -o holdfast ./cmd/holdfast
 //	go run ./bench/run -files 20000 -bytes 4GB -scratch /var/tmp/bench -o docs/BENCHMARKS.md
 //
-// With -downtime it measures instead for how long the service is down: see downtime.go.
+// With -downtime it measures instead for how long the service is down: see downtime.go; with -remote, how
+// it works over a slow link: see remote.go.
 //
 // All programs back up the same store in the same run. Before each timed backup the whole store is
 // read once, so that the page cache holds it if memory suffices, and what was written before is
@@ -24,6 +25,7 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -47,6 +49,11 @@ type options struct {
 	keep     bool
 	cold     bool
 	downtime bool
+	remote   bool
+	link     measure.Bytes // a second
+	latency  time.Duration
+	objects  int
+	note     string
 	out      string
 }
 
@@ -63,7 +70,7 @@ func main() {
 }
 
 func parse(args []string, stderr *os.File) (*options, error) {
-	o := &options{bytes: 4e9}
+	o := &options{bytes: 4e9, link: 100e6 / 8}
 	f := flag.NewFlagSet("run", flag.ContinueOnError)
 	f.SetOutput(stderr)
 	f.StringVar(&o.holdfast, "holdfast", "./holdfast", "the program to measure")
@@ -80,6 +87,11 @@ func parse(args []string, stderr *os.File) (*options, error) {
 	f.BoolVar(&o.keep, "keep", false, "leave repositories and restored files behind")
 	f.BoolVar(&o.cold, "cold", true, "drop the page cache before the steps that are to be cold; needs root, and all of the machine feels it")
 	f.BoolVar(&o.downtime, "downtime", false, "measure for how long the service is down instead, on ext4 and btrfs on loop devices; needs root")
+	f.BoolVar(&o.remote, "remote", false, "measure a repository and a bucket on an S3 server behind a slow link instead; needs versitygw")
+	f.Var(&o.link, "link", "with -remote: bandwidth of the link a second, such as 12.5MB")
+	f.DurationVar(&o.latency, "latency", 20*time.Millisecond, "with -remote: time that each byte is under way")
+	f.IntVar(&o.objects, "objects", 1_000_000, "with -remote: objects of the bucket that only has a listing; 0: none")
+	f.StringVar(&o.note, "note", "", "with -remote: a sentence about the machine for the report")
 	f.StringVar(&o.out, "o", "", "Markdown file in which the section for these sizes is replaced or added")
 	if err := f.Parse(args); err != nil {
 		return nil, err
@@ -89,6 +101,10 @@ func parse(args []string, stderr *os.File) (*options, error) {
 		return nil, fmt.Errorf("unexpected argument %q", f.Arg(0))
 	case o.scratch == "":
 		return nil, errors.New("-scratch is missing: name a directory on the disk to measure")
+	case o.downtime && o.remote:
+		return nil, errors.New("-downtime and -remote are two measurements: give one of them")
+	case o.link < 1 || o.latency < 0 || o.objects < 0:
+		return nil, errors.New("-link must be at least 1, -latency and -objects not negative")
 	case o.runs < 1 || o.files < 1 || o.bytes < 1:
 		return nil, errors.New("-n, -files and -bytes must be at least 1")
 	}
@@ -143,6 +159,9 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *os.File) 
 	}
 	if o.downtime {
 		return runDowntime(ctx, o, stdout, stderr)
+	}
+	if o.remote {
+		return runRemote(ctx, o, stdout, stderr)
 	}
 	b := &bench{ctx: ctx, o: o, log: stderr, costs: map[string]map[string][]measure.Cost{}, usage: map[string]map[string]usage{}}
 	if err := b.prepare(); err != nil {

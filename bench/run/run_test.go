@@ -61,6 +61,45 @@ func TestRun(t *testing.T) {
 	}
 }
 
+// TestRemote runs all of -remote on small stores and a quick link.
+func TestRemote(t *testing.T) {
+	scratch := t.TempDir()
+	holdfast := filepath.Join(scratch, "holdfast")
+	if said, err := exec.Command("go", "build", "-o", holdfast, "github.com/holdfast-backup/holdfast/cmd/holdfast").CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, said)
+	}
+	page := filepath.Join(scratch, "BENCHMARKS.md")
+	log, err := os.Create(filepath.Join(scratch, "log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer log.Close()
+	var out bytes.Buffer
+	args := []string{"-remote", "-holdfast", holdfast, "-tools", "holdfast", "-files", "20", "-bytes", "200kB", "-n", "1", "-link", "100MB", "-latency", "1ms",
+		"-objects", "3000", "-note", "It was a test.", "-scratch", filepath.Join(scratch, "s"), "-o", page}
+	if err := run(t.Context(), args, &out, log); err != nil {
+		said, _ := os.ReadFile(log.Name())
+		t.Fatalf("%v\n%s", err, said)
+	}
+	text := out.String()
+	for _, want := range []string{"## A link of 800 Mbit/s and 1 ms", "It was a test.", "| backup, repository behind the link | holdfast | large |", "| restore, repository behind the link | holdfast | small |",
+		"| backup, instance's bucket behind the link | holdfast | small |", "| restore, instance's bucket behind the link | holdfast | large |", "| unchanged | ", " | 1 | 0 |", "make bench-remote FILES=20"} {
+		if !strings.Contains(text, want) {
+			t.Errorf("the report lacks %q:\n%s", want, text)
+		}
+	}
+	if strings.Contains(text, scratch) {
+		t.Errorf("the report names a path of this machine:\n%s", text)
+	}
+	if left, err := os.ReadDir(filepath.Join(scratch, "s")); err != nil || len(left) != 0 {
+		t.Errorf("left behind: %v %v", left, err)
+	}
+	saved, err := os.ReadFile(page)
+	if err != nil || !strings.Contains(string(saved), text) {
+		t.Errorf("the page holds something else: %v", err)
+	}
+}
+
 func TestRefusals(t *testing.T) {
 	dir := t.TempDir()
 	discard, err := os.OpenFile(os.DevNull, os.O_WRONLY, 0)

@@ -15,6 +15,7 @@ import (
 	"sync"
 
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sync/semaphore"
 
 	"github.com/holdfast-backup/holdfast/internal/bucket"
 	"github.com/holdfast-backup/holdfast/internal/pax"
@@ -57,8 +58,12 @@ type BucketResult struct {
 }
 
 const (
-	// putsAtOnce is how many objects are compared or written at once. Each holds two stretches of content.
-	putsAtOnce = 16
+	// putsAtOnce is how many objects are compared or written at once: of small ones so many that a server
+	// which answers after 40 ms takes 1600 a second. A bucket keeps as many connections.
+	putsAtOnce = 64
+	// putRoom bounds what they hold in memory, in bytes: 64 MiB for their contents, of which one that is sent in
+	// parts has two of 16 MiB. What is read ahead of them comes on top.
+	putRoom, putMost = 64 << 20, 32 << 20
 	// asideKey begins the keys of copies of what was replaced. No space has such an id.
 	asideKey = "holdfast-aside-"
 )
@@ -122,6 +127,7 @@ type objectStore struct {
 	from bool // the blobs lay in a bucket
 	res  *BucketResult
 	puts errgroup.Group
+	room *semaphore.Weighted // of putRoom
 	// versions: the destination keeps what is replaced.
 	versions bool
 
@@ -151,6 +157,7 @@ func (r *run) objectsOf(p *Plan, t *Target, d *dest) *objectStore {
 		}
 	}
 	s.puts.SetLimit(putsAtOnce)
+	s.room = semaphore.NewWeighted(putRoom)
 	if o.Dest == nil {
 		return s
 	}
@@ -421,6 +428,11 @@ func (o *objectPut) put(j *job) error {
 		return o.s.r.cause()
 	}
 	o.s.puts.Go(func() error {
+		need := min(j.size, putMost)
+		if err := o.s.room.Acquire(o.s.r.ctx, need); err != nil {
+			return o.s.r.cause()
+		}
+		defer o.s.room.Release(need)
 		err := o.do(j)
 		var be *bucket.Error
 		switch {

@@ -269,7 +269,7 @@ func (p *plan) fillSpace(s *space, files int) {
 		s.files = append(s.files, f)
 	}
 	// One upload that a server was just about to finish.
-	if s.index == 0 {
+	if s.index == 0 && !o.Even {
 		for i := range s.files {
 			f := &s.files[i]
 			if f.contents == 1 && f.trashed == 0 && s.folders[f.folder].trashed == 0 {
@@ -282,6 +282,9 @@ func (p *plan) fillSpace(s *space, files int) {
 
 // newItem draws a content; its size is in proportion only, until scale.
 func (p *plan) newItem(r *rng) item {
+	if p.o.Even {
+		return item{key: r.next(), kind: dense, size: 1 << 20}
+	}
 	if r.float() < 0.1 && len(p.items) > 0 {
 		return p.items[r.below(len(p.items))]
 	}

@@ -35,7 +35,9 @@ type Options struct {
 	Revisions float64 // that were overwritten at least once; 0.12
 	Trash     float64 // that are in the trash; 0.04
 	Empty     float64 // that have no content; 0.02
-	Workers   int     // 0: two for each processor
+	// Even gives all contents one size, and none can be compressed, is a copy of another or still in uploads/.
+	Even    bool
+	Workers int // 0: two for each processor
 	// Progress is called now and then from one goroutine, with the files done.
 	Progress func(done, total int) `json:"-"`
 }
