@@ -420,6 +420,15 @@ var decomposedCases = []struct {
 	{"bytes of an upload without a record", func(b *breaker) {
 		b.write(filepath.Join(b.users, "uploads", nowhere), []byte("bytes"))
 	}, []want{{consistency.UploadLeftover, "uploads/" + nowhere}}},
+	{"an upload that the client did not complete", func(b *breaker) {
+		b.write(filepath.Join(b.users, "uploads", nowhere), []byte("byt"))
+		b.write(filepath.Join(b.users, "uploads", nowhere+".info"), []byte(`{"ID":"`+nowhere+`","Size":5,"Offset":3,"MetaData":{"filename":"x.txt"},"Storage":{"SpaceRoot":"`+alan+`"}}`))
+	}, []want{{consistency.UploadUnfinished, "uploads/" + nowhere}}},
+	{"a restore in place that was interrupted", func(b *breaker) {
+		p := b.at(alan, "Round 0/dup1.bin")
+		b.remove(p.mpk())
+		b.write(filepath.Join(b.users, ".holdfast-restore", alan+".nodes"), []byte("write "+p.id+"\n"))
+	}, []want{{consistency.RestoreUnfinished, ".holdfast-restore/"}}},
 	{"metadata of a purged version", func(b *breaker) {
 		p := b.at(alan, "Round 0/versioned.txt")
 		p.id = p.revision()
@@ -525,7 +534,7 @@ func compare(t *testing.T, wants []want, got []consistency.Finding) {
 func TestBrokenBucket(t *testing.T) {
 	dir := testfixture.Unpack(t, testfixture.OCISWithS3Blobs)
 	b := &breaker{t: t, prefix: ocis.PrefixOCIS, users: filepath.Join(dir, "data/storage/users"), system: filepath.Join(dir, "data/storage/metadata")}
-	objects := &bucket{dir: filepath.Join(dir, "bucket")}
+	objects := &bucket{dir: filepath.Join(dir, "bucket"), bad: ocis.NodePath(b.at(alan, "Round 0/dup1.bin").attrs().Text("blobid"))}
 	st := stores(t, testfixture.OCISWithS3Blobs, dir)
 	st[0].Blobs = objects
 	o := consistency.Options{Now: time.Now()}
@@ -549,12 +558,15 @@ func TestBrokenBucket(t *testing.T) {
 		{"an object of nobody", func() {
 			b.write(filepath.Join(objects.dir, alan, ocis.NodePath(nowhere)), []byte("nobody's"))
 		}, []want{{consistency.BlobOrphaned, "/blobs/de/ad/be/ef/"}}},
+		{"an object that cannot be read", func() { objects.broken = true }, []want{{consistency.Unreadable, "/Round 0/dup1.bin"}}},
 		{"ETags that are no checksums", func() { objects.encrypted = true }, nil},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			defer b.back()
 			c.damage()
+			o.ReadData = objects.broken
 			found, _ := check(t, st, o)
+			objects.broken = false
 			compare(t, c.want, fresh(before, found))
 		})
 	}

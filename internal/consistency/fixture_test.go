@@ -3,6 +3,7 @@ package consistency_test
 import (
 	"context"
 	"crypto/md5"
+	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -21,6 +22,9 @@ type bucket struct {
 	dir string
 	// encrypted: what looks like MD5s are none.
 	encrypted bool
+	// broken: the blob at bad cannot be read.
+	broken bool
+	bad    string
 }
 
 func (b bucket) List(_ context.Context, space string, fn func(consistency.BlobInfo) error) error {
@@ -50,6 +54,9 @@ func (b bucket) List(_ context.Context, space string, fn func(consistency.BlobIn
 }
 
 func (b bucket) Open(_ context.Context, space, blob string) (io.ReadCloser, error) {
+	if b.broken && ocis.NodePath(blob) == b.bad {
+		return nil, errors.New("the server is on fire")
+	}
 	return os.Open(filepath.Join(b.dir, space, ocis.NodePath(blob)))
 }
 
