@@ -411,6 +411,7 @@ func TestDiff(t *testing.T) {
 // TestDiffShares: who gained and who lost access.
 func TestDiffShares(t *testing.T) {
 	inst := browsetest.Unpack(t, testfixture.OCIS)
+	inst.Trim(t, "idm")
 	r := browsetest.NewRepo(t)
 	full := browsetest.Backup(t, r, inst, browsetest.Epoch)
 	storages, err := filepath.Glob(filepath.Join(inst.ShareNode("storages"), "*"))

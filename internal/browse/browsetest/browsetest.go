@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"sort"
 	"strconv"
 	"strings"
@@ -54,6 +55,33 @@ func Unpack(t testing.TB, name string) *Instance {
 	}
 	i.find(t)
 	return i
+}
+
+// Trim leaves of the instance the spaces of alan and mary, the system storage, and the data sets that are named:
+// what is small is quick to capture, to copy and to compare.
+func (i *Instance) Trim(t testing.TB, sets ...string) {
+	t.Helper()
+	const alan, mary = "b1f74ec4-dd7e-11ef-a543-03775734d0f7", "056fc874-dd7f-11ef-ba84-af6fca4b7289"
+	i.DataSets = slices.DeleteFunc(i.DataSets, func(d ocis.DataSet) bool { return d.Store == "" && !slices.Contains(sets, d.Name) })
+	data, users := filepath.Join(i.Dir, "data"), i.Store("users").Root
+	for pattern, keep := range map[string][]string{
+		data + "/*": append([]string{"storage"}, sets...), users + "/spaces/*/*": {alan[2:], mary[2:]},
+		users + "/users/*": {"alan", "alan.mlock", "mary", "mary.mlock"}, users + "/projects/*": nil,
+		filepath.Join(i.Dir, "bucket") + "/*": nil, i.Objects + "/*": {alan, mary},
+	} {
+		if strings.HasPrefix(pattern, "/*") {
+			continue // no bucket
+		}
+		list, err := filepath.Glob(pattern)
+		for _, p := range list {
+			if !slices.Contains(keep, filepath.Base(p)) {
+				err = errors.Join(err, os.RemoveAll(p))
+			}
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
 }
 
 // Copy copies it, to be damaged.

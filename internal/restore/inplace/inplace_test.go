@@ -44,6 +44,7 @@ type world struct {
 func newWorld(t *testing.T, name string) *world {
 	t.Helper()
 	w := &world{inst: browsetest.Unpack(t, name), r: browsetest.NewRepo(t)}
+	w.inst.Trim(t)
 	w.dir = w.inst.Dir
 	sn := browsetest.Backup(t, w.r, w.inst, time.Now())
 	w.tree, w.pre = *sn.Tree, w.inst.Store("users").Prefix
@@ -425,7 +426,10 @@ func (s *scene) sizesAsBefore(keys []string) {
 
 func TestInPlace(t *testing.T) {
 	for _, name := range []string{testfixture.OCIS, testfixture.OCISWithS3Blobs} {
-		t.Run(name, func(t *testing.T) { inPlace(t, newWorld(t, name)) })
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			inPlace(t, newWorld(t, name))
+		})
 	}
 }
 
@@ -746,9 +750,9 @@ func TestKilled(t *testing.T) {
 				}
 				return node
 			}
-			every := 7
+			every := 5
 			if what == "space" {
-				every = 500
+				every = 300
 			}
 			for at := 1; ; at += every {
 				node := begin()

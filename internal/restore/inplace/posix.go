@@ -26,8 +26,9 @@ import (
 
 // pfile is an entry of a posix space in the snapshot: about 200 bytes while a part of it is put back.
 type pfile struct {
-	id  string
-	dir bool
+	id   string
+	dir  bool
+	size int64
 }
 
 // pspace is a posix space in the snapshot. Paths are below its folder.
@@ -129,23 +130,38 @@ func (r *run) posixPlaceForSpace() error {
 
 // countPosix counts one entry of a whole space.
 func (r *run) countPosix(h *pax.Header, in string) {
+	if h.Type == '0' || h.Type == '5' {
+		countIn(in, h.Type == '5', sizeOf(h), &piece{}).into(r.res)
+	}
+}
+
+// countIn adds one entry to what a piece has: locks, records and folders for other things are nothing to people.
+func countIn(in string, dir bool, size int64, p *piece) *piece {
 	switch {
-	case posix.IsLock(in) || h.Type != '0' && h.Type != '5':
-		return
+	case posix.IsLock(in):
+		return p
 	case strings.HasPrefix(in, posix.Nodes+"/"):
-		if kind, _, _ := ocis.ClassifyNodeName(path.Base(in)); h.Type != '0' || kind != ocis.NameRevision {
-			return
+		if kind, _, _ := ocis.ClassifyNodeName(path.Base(in)); dir || kind != ocis.NameRevision {
+			return p
 		}
-		r.res.Revisions++
+		p.revisions++
 	case posix.Hidden(in) && !strings.HasPrefix(in, posix.Trash+"/files/"):
-		return
+		return p
 	default:
-		r.res.Nodes++
+		p.nodes++
 	}
-	if h.Type == '0' {
-		r.res.Blobs++
-		r.res.Bytes += sizeOf(h)
+	if !dir {
+		p.files++
+		p.bytes += size
 	}
+	return p
+}
+
+func (p *piece) into(res *Result) {
+	res.Nodes += p.nodes
+	res.Revisions += p.revisions
+	res.Blobs += p.files
+	res.Bytes += p.bytes
 }
 
 // readPosix reads the entries of the space from the snapshot.
@@ -163,7 +179,7 @@ func (r *run) readPosix() (*pspace, error) {
 		if h.Type == '5' && (in == "" || posix.Hidden(in)) {
 			r.dirs[rel] = h
 		}
-		f := pfile{id: r.xattrOf(h, "id"), dir: h.Type == '5'}
+		f := pfile{id: r.xattrOf(h, "id"), dir: h.Type == '5', size: sizeOf(h)}
 		if !safeID(f.id) {
 			f.id = ""
 		}
@@ -340,10 +356,8 @@ func (r *run) posixPart() error {
 		for _, in := range s.order {
 			switch {
 			case !underAny(in, from):
-			case revisionOf(in) != "":
-				r.res.Revisions++
 			default:
-				r.res.Nodes++
+				countIn(in, s.files[in].dir, s.files[in].size, &piece{}).into(r.res)
 			}
 		}
 		for _, in := range gone {
@@ -518,17 +532,8 @@ func (r *run) posixBuild(stage string, pieces []piece) error {
 			}
 			links = append(links, further{stage + "/" + strconv.Itoa(i) + strings.TrimPrefix(from, p.from), to})
 			return nil
-		case revisionOf(in) != "":
-			if kind, _, _ := ocis.ClassifyNodeName(path.Base(in)); kind == ocis.NameRevision {
-				p.revisions++
-			}
-		case path.Dir(in) != posix.Trash+"/info":
-			p.nodes++
 		}
-		if h.Type == '0' {
-			p.files++
-			p.bytes += sizeOf(h)
-		}
+		countIn(in, h.Type == '5', sizeOf(h), p)
 		return r.put(h, to, data)
 	})
 	if err != nil {
@@ -562,10 +567,7 @@ func (r *run) posixTake(stage string, i int, p *piece, want map[string]bool) err
 		r.res.Unchanged += p.files
 		return nil
 	}
-	r.res.Nodes += p.nodes
-	r.res.Revisions += p.revisions
-	r.res.Blobs += p.files
-	r.res.Bytes += p.bytes
+	p.into(r.res)
 	if r.exists(to) {
 		id, _ := r.xattr(to, "id")
 		var err error

@@ -26,6 +26,7 @@ func TestNewer(t *testing.T) {
 		}
 	}
 	inst := browsetest.Unpack(t, testfixture.OCIS)
+	inst.Trim(t)
 	users := inst.Store("users").Root
 	r := browsetest.NewRepo(t)
 	sn := browsetest.Backup(t, r, inst, time.Now())
@@ -127,6 +128,7 @@ func TestNewer(t *testing.T) {
 // TestPosix: the same for files that are what users see.
 func TestPosix(t *testing.T) {
 	inst := browsetest.Unpack(t, testfixture.OpenCloudPosix)
+	inst.Trim(t)
 	r := browsetest.NewRepo(t)
 	sn := browsetest.Backup(t, r, inst, time.Now())
 	must := func(err error) {
