@@ -93,8 +93,8 @@ func TestImports(t *testing.T) {
 		}
 		files++
 		pkg := filepath.ToSlash(filepath.Dir(rel))
-		// Helper packages for tests are named ...test, as in the standard library.
-		isTest := strings.HasSuffix(path, "_test.go") || strings.HasSuffix(pkg, "test")
+		// Helper packages for tests are named ...test, as in the standard library, or lie below one.
+		isTest := strings.HasSuffix(path, "_test.go") || strings.HasSuffix(pkg, "test") || strings.Contains(pkg, "test/")
 		for _, i := range f.Imports {
 			dep, err := strconv.Unquote(i.Path.Value)
 			if err != nil {
