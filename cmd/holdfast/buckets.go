@@ -71,8 +71,8 @@ func (f *blobFlags) add(c *cobra.Command) {
 const blobHelp = `Where the blobs lie in an S3 bucket, --blobs says how it is secured:
 
   copy      into the repository, as files on disk are (the default)
-  replica   by copies within the S3 server, into the bucket --replica-bucket; nothing that is
-            there is ever removed by a backup
+  replica   by copies within the S3 server, into the bucket --replica-bucket; a backup removes
+            nothing there, prune what no snapshot needs
   versions  nothing is copied: the snapshot names the version of each object in the bucket,
             which must keep versions and must have no rule that expires them
 

@@ -141,6 +141,9 @@ func (a *app) copyBetween(ctx context.Context, f *copyFlags, from, to *repo.Repo
 	if from.Polynomial() != to.Polynomial() {
 		a.ui.Info("the two repositories cut files differently: what is backed up into both is not shared; `holdfast init --copy-chunker-params` makes a repository that cuts like another one")
 	}
+	if err := a.joinReplicas(ctx, from, to, which); err != nil {
+		return err
+	}
 	res, err := maintain.Copy(ctx, from, to, which, maintain.CopyOptions{ReadBack: f.readBack, Progress: a.ui.Sink(), Done: func(s *snapshot.Snapshot, d id.ID) {
 		switch {
 		case a.ui.JSON():

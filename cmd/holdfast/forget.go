@@ -192,7 +192,7 @@ func (a *app) forgetSnapshots(ctx context.Context, f *forgetFlags, names []strin
 		// Also if nothing was removed now: an earlier run may have been stopped before its prune.
 		var pruned *repo.PruneStats
 		if f.prune {
-			if pruned, err = a.pruneRepository(ctx, r, pruning, plan.Remove, f.dryRun); err != nil {
+			if pruned, err = a.pruneRepository(ctx, r, pruning, &f.pruning.replica, plan.Remove, f.dryRun); err != nil {
 				return fmt.Errorf("removed %s, but not what they alone need: %w", ui.Count(int64(removed), "snapshot"), err)
 			}
 		}

@@ -14,6 +14,7 @@ import (
 	"github.com/holdfast-backup/holdfast/internal/maintain"
 	"github.com/holdfast-backup/holdfast/internal/repo"
 	"github.com/holdfast-backup/holdfast/internal/repo/id"
+	"github.com/holdfast-backup/holdfast/internal/snapshot"
 	"github.com/holdfast-backup/holdfast/internal/ui"
 )
 
@@ -22,6 +23,7 @@ type pruneFlags struct {
 	maxUnused, maxRepack string
 	compression          string
 	packSize             int
+	replica              replicaFlags
 }
 
 func (f *pruneFlags) add(fs *pflag.FlagSet) {
@@ -29,6 +31,7 @@ func (f *pruneFlags) add(fs *pflag.FlagSet) {
 	fs.StringVar(&f.maxRepack, "max-repack-size", "", "pack no more than this `size` again, e.g. 10G; 0 removes only what is wholly unused")
 	fs.StringVar(&f.compression, "compression", "auto", "`mode` for what is packed again: auto, off or max")
 	fs.IntVar(&f.packSize, "pack-size", 0, "size of the repository's files in `MiB`, 4 to 128 (default 16)")
+	f.replica.add(fs)
 }
 
 func (f *pruneFlags) repo() repoOptions {
@@ -81,6 +84,10 @@ partly needed are packed again, the worst ones first, until no more than --max-u
 wasted. What is kept is stored anew before anything is removed: prune can be stopped at
 any moment, and the next one does the rest.
 
+Then objects that no snapshot needs are removed from the replicas of buckets (backup
+--blobs replica), if no other repository uses them. The keys of a replica are in
+HOLDFAST_REPLICA_ACCESS_KEY and HOLDFAST_REPLICA_SECRET_KEY, or in those with BUCKET.
+
 No backup can run meanwhile: prune waits as long as --retry-lock says, or gives up.
 
 ` + exitHelp(repoCodes...),
@@ -93,7 +100,7 @@ No backup can run meanwhile: prune waits as long as --retry-lock says, or gives 
 				return err
 			}
 			return a.withRepository(ctx, f.repo(), writeLock(dryRun), func(ctx context.Context, r *repo.Repository) error {
-				s, err := a.pruneRepository(ctx, r, o, nil, dryRun)
+				s, err := a.pruneRepository(ctx, r, o, &f.replica, nil, dryRun)
 				if err != nil {
 					return err
 				}
@@ -123,7 +130,7 @@ func writeLock(dryRun bool) lockMode {
 }
 
 // pruneRepository shows the plan and carries it out. A dry run takes the snapshots in without for removed.
-func (a *app) pruneRepository(ctx context.Context, r *repo.Repository, o repo.PruneOptions, without []id.ID, dryRun bool) (*repo.PruneStats, error) {
+func (a *app) pruneRepository(ctx context.Context, r *repo.Repository, o repo.PruneOptions, rf *replicaFlags, without []id.ID, dryRun bool) (*repo.PruneStats, error) {
 	o.Progress = a.ui.Sink()
 	nothing := false
 	s, err := maintain.Prune(ctx, r, without, maintain.PruneOptions{
@@ -132,6 +139,9 @@ func (a *app) pruneRepository(ctx context.Context, r *repo.Repository, o repo.Pr
 			nothing = p.Nothing()
 			a.showPlan(&p.Stats, nothing)
 			return nil
+		},
+		Remaining: func(ctx context.Context, list []*snapshot.Snapshot, dryRun bool) error {
+			return a.pruneReplicas(ctx, r, list, rf, dryRun)
 		},
 	})
 	if err != nil {

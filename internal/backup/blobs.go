@@ -9,6 +9,7 @@ import (
 	"github.com/holdfast-backup/holdfast/internal/bucket"
 	"github.com/holdfast-backup/holdfast/internal/capture"
 	"github.com/holdfast-backup/holdfast/internal/ocis"
+	"github.com/holdfast-backup/holdfast/internal/replica"
 	"github.com/holdfast-backup/holdfast/internal/snapshot"
 )
 
@@ -138,6 +139,13 @@ func (b *run) openBucket(ctx context.Context, s *ocis.Store) (*capture.Objects, 
 		if err := allowed(ctx, o.Replica, bucket.ListBucket, bucket.GetObject, bucket.PutObject); err != nil {
 			return o, fmt.Errorf("replica: %w", err)
 		}
+		if !b.o.DryRun {
+			m, err := replica.Join(ctx, o.Replica, b.o.Repo.ID(), b.o.Hostname)
+			if err != nil {
+				return o, fmt.Errorf("replica: %w", err)
+			}
+			b.replicas = append(b.replicas, m)
+		}
 	case snapshot.WayVersions:
 		on, err := src.Versioning(ctx)
 		if err != nil {
@@ -165,6 +173,15 @@ func (b *run) openBucket(ctx context.Context, s *ocis.Store) (*capture.Objects, 
 		return o, fmt.Errorf("there is no way %q to secure a bucket", o.Way)
 	}
 	return o, nil
+}
+
+// renewReplicas notes in the replicas that what this backup has copied belongs to a snapshot.
+func (b *run) renewReplicas(ctx context.Context) {
+	for _, m := range b.replicas {
+		if err := m.Renew(ctx); err != nil {
+			b.o.warn("what this backup has copied into the replica is not removed before the end of the next one: %v", err)
+		}
+	}
 }
 
 // allowed makes sure that the keys have the rights.

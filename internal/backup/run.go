@@ -29,6 +29,7 @@ import (
 	"github.com/holdfast-backup/holdfast/internal/fssnap"
 	"github.com/holdfast-backup/holdfast/internal/ocis"
 	"github.com/holdfast-backup/holdfast/internal/progress"
+	"github.com/holdfast-backup/holdfast/internal/replica"
 	"github.com/holdfast-backup/holdfast/internal/repo"
 	"github.com/holdfast-backup/holdfast/internal/repo/id"
 	"github.com/holdfast-backup/holdfast/internal/snapshot"
@@ -178,6 +179,7 @@ type run struct {
 	capture   *capture.Capture
 	taken     bool // the picture is complete: what is not read yet, views hold still
 	objects   map[string]*capture.Objects
+	replicas  []*replica.Member
 }
 
 // prepare does what can be done while the service runs.
@@ -348,6 +350,7 @@ func (b *run) commit(ctx context.Context, got *capture.Result) (*Result, error) 
 			return nil, err
 		}
 		res.SnapshotID = sn.ID()
+		b.renewReplicas(ctx)
 	}
 	b.views.keepFor(res) // only views of a good snapshot are a way back
 	st.Duration = o.Now().Sub(b.start)

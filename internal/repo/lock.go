@@ -282,6 +282,10 @@ func (l *Lock) Unlock() error {
 // ErrNotExclusive is returned by work that must be alone in the repository and is not.
 var ErrNotExclusive = errors.New("the repository is not locked exclusively")
 
+// ConfirmExclusive is for whoever removes something outside of the repository under its exclusive lock: it
+// makes sure that nobody else can be at work in it. Errors: ErrNotExclusive, *LockedError.
+func (r *Repository) ConfirmExclusive(ctx context.Context) error { return r.confirmExclusive(ctx) }
+
 // confirmExclusive makes sure, before something is removed, that nobody else can be at work: our exclusive
 // lock is still there, and no other one. "unlock --all" may have made it otherwise.
 func (r *Repository) confirmExclusive(ctx context.Context) error {
