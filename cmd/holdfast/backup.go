@@ -143,6 +143,9 @@ func (a *app) backup(ctx context.Context, f *backupFlags) error {
 			ServerBinary: f.place.serverBinary, SaveImage: f.saveImage, Hostname: f.host, Tags: f.tags,
 			DryRun: f.dryRun, FullScan: f.fullScan, Progress: a.untilThawed(sink), Version: version,
 		})
+		if res != nil && !f.dryRun {
+			a.prolongLocks(ctx, r)
+		}
 		return explainNotReady(hintRunning(err, fz.Method()))
 	})
 	if res != nil { // also when the instance did not start again after a good backup

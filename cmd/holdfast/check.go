@@ -24,6 +24,8 @@ that they agree. Then prove each of Holdfast's snapshots again. With --read-data
 byte is read and compared with its checksum, which takes as long as reading the
 whole repository.
 
+Of a repository in a bucket with Object Lock it is told until when files are locked.
+
 Contents that lie in a bucket (backup --blobs replica or versions) are looked up there,
 if HOLDFAST_BUCKET_ACCESS_KEY and HOLDFAST_BUCKET_SECRET_KEY, or those with REPLICA for
 a replica, are set.
@@ -65,6 +67,10 @@ func (a *app) check(ctx context.Context, r *repo.Repository, readData bool) erro
 	})
 	if err != nil {
 		return fmt.Errorf("cannot check the repository: %w", err)
+	}
+	locks := a.showLocks(ctx, r)
+	if locks != "" {
+		rep.Hints = append(rep.Hints, locks)
 	}
 	incomplete := 0
 	for i := range rep.Snapshots {

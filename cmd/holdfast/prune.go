@@ -153,6 +153,9 @@ func (a *app) pruneRepository(ctx context.Context, r *repo.Repository, o repo.Pr
 			a.ui.Text("dry run, nothing changed")
 		case !nothing:
 			a.ui.Text("freed " + ui.Bytes(s.Freed))
+			if s.Remove.Count+s.Repack.Count > 0 && r.Retains(ctx) {
+				a.ui.Info("the bucket keeps what was removed as old versions: until their locks end, and then until a rule of its life cycle ends them")
+			}
 		}
 	}
 	return s, nil

@@ -8,11 +8,14 @@ package s3
 import (
 	"cmp"
 	"context"
+	"encoding/xml"
 	"fmt"
+	"io"
 	"net/http"
 	"net/url"
 	"os"
 	"strings"
+	"time"
 
 	"github.com/minio/minio-go/v7"
 
@@ -110,6 +113,49 @@ func New(ctx context.Context, o Options) (*Client, error) {
 	}
 	mc.SetAppInfo("holdfast", cmp.Or(o.Version, "dev"))
 	return &Client{Client: mc, Credentials: from, endpoint: u.Scheme + "://" + u.Host, tr: tr}, nil
+}
+
+// Retention tells until when an object that was looked up is locked, zero if it is not, or if the credentials may not
+// know. The headers say the same as a request for the retention, whose answer servers write in different ways.
+func Retention(i *minio.ObjectInfo) (mode minio.RetentionMode, until time.Time) {
+	until, err := time.Parse(time.RFC3339, i.Metadata.Get("X-Amz-Object-Lock-Retain-Until-Date"))
+	if err != nil {
+		return "", time.Time{}
+	}
+	return minio.RetentionMode(i.Metadata.Get("X-Amz-Object-Lock-Mode")), until
+}
+
+// AskRetention asks until when a version is locked, of servers that do not tell it in the headers of old versions. They
+// call the answer differently, so only what is in it counts.
+func (c *Client) AskRetention(ctx context.Context, bucket, key, version string) (until time.Time, err error) {
+	fail := func(why any) (time.Time, error) { // without the address, which is signed
+		return time.Time{}, fmt.Errorf("ask for the retention of an object of bucket %q: %v", bucket, why)
+	}
+	q := url.Values{"retention": {""}}
+	if version != "" {
+		q.Set("versionId", version)
+	}
+	u, err := c.Presign(ctx, http.MethodGet, bucket, key, 15*time.Minute, q)
+	if err != nil {
+		return fail(err)
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
+	if err != nil {
+		return fail("the address is none")
+	}
+	resp, err := c.tr.RoundTrip(req)
+	if err != nil {
+		return fail(err)
+	}
+	defer resp.Body.Close()
+	var lock struct{ RetainUntilDate time.Time }
+	if resp.StatusCode != http.StatusOK {
+		return fail(resp.Status)
+	}
+	if err := xml.NewDecoder(io.LimitReader(resp.Body, 64<<10)).Decode(&lock); err != nil {
+		return fail(err)
+	}
+	return lock.RetainUntilDate, nil
 }
 
 // EndpointError says that an endpoint is no usable address.

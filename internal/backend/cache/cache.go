@@ -53,6 +53,9 @@ type Backend struct {
 
 var _ backend.Backend = (*Backend)(nil)
 
+// Unwrap returns the backend that is wrapped.
+func (b *Backend) Unwrap() backend.Backend { return b.Backend }
+
 const (
 	// maxPack is the largest pack that is copied, in bytes; restic's largest are twice that.
 	maxPack = 64 << 20

@@ -119,6 +119,9 @@ type Backend struct {
 
 var _ backend.Backend = (*Backend)(nil)
 
+// Unwrap returns the backend that is wrapped.
+func (b *Backend) Unwrap() backend.Backend { return b.Backend }
+
 // New wraps be. rates is for backends without connections of their own, such as a directory; nil for others.
 // Connections of zero or less is no limit.
 func New(be backend.Backend, connections int, rates *Rates) *Backend {

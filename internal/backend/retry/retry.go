@@ -36,6 +36,9 @@ type Backend struct {
 
 var _ backend.Backend = (*Backend)(nil)
 
+// Unwrap returns the backend that is wrapped.
+func (b *Backend) Unwrap() backend.Backend { return b.Backend }
+
 // New wraps be.
 func New(be backend.Backend, o Options) *Backend {
 	if o.Tries <= 0 {

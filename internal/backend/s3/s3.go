@@ -424,5 +424,5 @@ func (b *Backend) Remove(ctx context.Context, h backend.Handle) error {
 		return err
 	}
 	key := b.key(h)
-	return b.explain("remove", h, key, b.core.RemoveObject(ctx, b.o.Bucket, key, minio.RemoveObjectOptions{}))
+	return b.locked(ctx, h, b.explain("remove", h, key, b.core.RemoveObject(ctx, b.o.Bucket, key, minio.RemoveObjectOptions{})))
 }

@@ -90,6 +90,51 @@ func TestObjectLock(t *testing.T) {
 	if mode, left := retention("locks/" + h.Name); mode != "" {
 		t.Errorf("a lock is locked for %v", left)
 	}
+	// Locks are shown, and made longer, never shorter or weaker.
+	weak := open(t, srv.Options(), bs3.Options{Bucket: bucket, LockDays: 1})
+	if can, err := weak.CanRetain(ctx); err != nil || !can {
+		t.Errorf("Object Lock: %v, %v", can, err)
+	}
+	old, err := weak.Retention(ctx, h)
+	if err != nil || old.Mode != "COMPLIANCE" || time.Until(old.Until) < 70*time.Hour {
+		t.Errorf("%+v, %v", old, err)
+	}
+	if none, err := weak.Retention(ctx, lock); err != nil || !none.Until.IsZero() {
+		t.Errorf("of a lock file: %+v, %v", none, err)
+	}
+	if _, err := weak.Retention(ctx, backend.Handle{Type: backend.PackFile, Name: strings.Repeat("0", 64)}); !errors.Is(err, backend.ErrNotExist) {
+		t.Errorf("of what is not there: %v", err)
+	}
+	for _, until := range []time.Time{time.Now().Add(100 * time.Hour).Truncate(time.Second), time.Now().Add(time.Hour)} {
+		if err := weak.Retain(ctx, h, until); err != nil {
+			t.Error(err)
+		}
+		if got, err := weak.Retention(ctx, h); err != nil || got.Mode != "COMPLIANCE" || time.Until(got.Until) < 99*time.Hour {
+			t.Errorf("%+v, %v", got, err)
+		}
+	}
+	// What forget and prune remove is gone for the repository, and its version stays locked.
+	if err := weak.Remove(ctx, h); err != nil {
+		t.Error(err)
+	}
+	if _, err := weak.Stat(ctx, h); !errors.Is(err, backend.ErrNotExist) {
+		t.Errorf("after the removal: %v", err)
+	}
+	left := 0
+	for o := range c.ListObjects(ctx, bucket, minio.ListObjectsOptions{Prefix: "data/", Recursive: true, WithVersions: true}) {
+		if o.Err != nil {
+			t.Fatal(o.Err)
+		}
+		if !o.IsDeleteMarker {
+			left++
+			if err := c.RemoveObject(ctx, bucket, o.Key, minio.RemoveObjectOptions{VersionID: o.VersionID}); err == nil {
+				t.Error("a locked version was removed")
+			}
+		}
+	}
+	if left != 1 {
+		t.Errorf("%d versions are left", left)
+	}
 	// A bucket without Object Lock: said clearly.
 	plain := open(t, srv.Options(), bs3.Options{Bucket: srv.Bucket(t, false, false), LockDays: 3})
 	err = plain.Save(ctx, h, data)
@@ -97,6 +142,33 @@ func TestObjectLock(t *testing.T) {
 	var pe *backend.PermanentError
 	if !errors.As(err, &pe) || !errors.As(err, &hint) || len(hint.Hints()) == 0 || !strings.Contains(hint.Hints()[0], "--s3-object-lock-days") {
 		t.Errorf("no lock: %v", err)
+	}
+}
+
+// A server that refuses to remove a locked file: the error says until when.
+func TestLockedFileIsNotRemoved(t *testing.T) {
+	until := time.Now().Add(50 * time.Hour).UTC().Truncate(time.Second)
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", "application/xml")
+		w.Header().Set("Last-Modified", time.Now().UTC().Format(http.TimeFormat))
+		w.Header().Set("ETag", `"x"`)
+		switch {
+		case r.Method == http.MethodHead:
+			w.Header().Set("X-Amz-Object-Lock-Mode", "GOVERNANCE")
+			w.Header().Set("X-Amz-Object-Lock-Retain-Until-Date", until.Format(time.RFC3339))
+		case r.Method == http.MethodDelete:
+			w.WriteHeader(http.StatusForbidden)
+			io.WriteString(w, "<Error><Code>AccessDenied</Code><Message>no</Message></Error>")
+		}
+	}))
+	defer srv.Close()
+	be := open(t, s3.Options{Endpoint: srv.URL, AccessKey: "a", SecretKey: "b", Region: "r", Tries: 1}, bs3.Options{Bucket: "bucket"})
+	h, _ := pack(1, 1)
+	err := be.Remove(context.Background(), h)
+	var pe *backend.PermanentError
+	var hint interface{ Hints() []string }
+	if !errors.As(err, &pe) || !strings.Contains(err.Error(), "locked until "+until.Local().Format(time.DateTime)) || !errors.As(err, &hint) || !strings.Contains(hint.Hints()[0], "again after that") {
+		t.Errorf("%v", err)
 	}
 }
 
