@@ -22,6 +22,7 @@ import (
 	"github.com/holdfast-backup/holdfast/internal/repo"
 	"github.com/holdfast-backup/holdfast/internal/settings"
 	"github.com/holdfast-backup/holdfast/internal/ui"
+	"github.com/holdfast-backup/holdfast/internal/userenv"
 )
 
 // app is what the verbs share. It is made once for a run of the program.
@@ -58,6 +59,7 @@ type globalOptions struct {
 	cacheDir        string
 	cacheSize       int // MiB
 	noCache         bool
+	passEnv         []string
 	json            bool
 	quiet           bool
 	verbose         bool
@@ -140,6 +142,7 @@ or holdfast thaw; holdfast status tells about it.
 	f.BoolVar(&a.opt.noCache, "no-cache", false, "keep nothing of repositories on servers")
 	f.StringVar(&a.opt.stateDir, "state-dir", "", "`directory` for the record of what must be started again (default\n$XDG_STATE_HOME/holdfast; else /var/lib/holdfast for root, ~/.local/state/holdfast for others)")
 	f.DurationVar(&a.opt.retryLock, "retry-lock", 0, "how long to wait for a locked repository, e.g. 10m")
+	f.StringSliceVar(&a.opt.passEnv, "pass-env", nil, "`names` of variables that commands of yours get although they begin with\nHOLDFAST_, RESTIC_, AWS_ or RCLONE_")
 	a.opt.remote.flags(f)
 	f.BoolVar(&a.opt.json, "json", false, "print one JSON object a line")
 	f.BoolVarP(&a.opt.quiet, "quiet", "q", false, "print warnings, errors and what was asked for only")
@@ -224,6 +227,7 @@ func (a *app) settings(c *cobra.Command) error {
 		return err
 	}
 	a.set, err = settings.Apply(c.Flags(), a.verbName(c), file, a.getenv)
+	userenv.Pass(a.opt.passEnv)
 	return err
 }
 

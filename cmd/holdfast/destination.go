@@ -21,6 +21,7 @@ import (
 	"github.com/holdfast-backup/holdfast/internal/restore"
 	"github.com/holdfast-backup/holdfast/internal/snapshot"
 	"github.com/holdfast-backup/holdfast/internal/ui"
+	"github.com/holdfast-backup/holdfast/internal/userenv"
 )
 
 // hostMaps translates --map for a restore. OLD may be a path of the machine that was backed up, or
@@ -248,14 +249,10 @@ func sameContent(root *os.Root, name string, want []byte) bool {
 	return err == nil && bytes.Equal(got, want)
 }
 
-// shell runs a command of the user. The password of the repository is no business of its.
+// shell runs a command of the user.
 func (a *app) shell(ctx context.Context, line string) error {
 	cmd := exec.CommandContext(ctx, "sh", "-c", line)
-	for _, kv := range a.environ {
-		if !strings.HasPrefix(kv, "HOLDFAST_") && !strings.HasPrefix(kv, "RESTIC_") {
-			cmd.Env = append(cmd.Env, kv)
-		}
-	}
+	cmd.Env = userenv.Filter(a.environ)
 	cmd.Stdout, cmd.Stderr = a.err, a.err
 	if err := cmd.Run(); err != nil {
 		if ctx.Err() != nil {

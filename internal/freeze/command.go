@@ -19,6 +19,7 @@ import (
 
 	"github.com/holdfast-backup/holdfast/internal/ocis"
 	"github.com/holdfast-backup/holdfast/internal/progress"
+	"github.com/holdfast-backup/holdfast/internal/userenv"
 )
 
 // outputLimit is how many bytes of the end of a command's output an error shows.
@@ -105,17 +106,8 @@ func (c *Command) Plan(_ context.Context, inst *ocis.Instance) (*Plan, error) {
 	}, nil
 }
 
-// commandEnv is the environment for the commands of the user. The password of the repository is no
-// business of theirs.
-func commandEnv() []string {
-	var env []string
-	for _, kv := range os.Environ() {
-		if !strings.HasPrefix(kv, "HOLDFAST_") && !strings.HasPrefix(kv, "RESTIC_") {
-			env = append(env, kv)
-		}
-	}
-	return env
-}
+// commandEnv is the environment for the commands of the user.
+func commandEnv() []string { return userenv.Environ() }
 
 func startCommand(ctx context.Context, r Recipe, run *Run) error {
 	c := r.Command

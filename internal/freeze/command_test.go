@@ -45,9 +45,10 @@ func TestCommand(t *testing.T) {
 	old := i.start()
 	t.Setenv("FT_PASSED", "yes")
 	t.Setenv("RESTIC_PASSWORD", "no")
+	t.Setenv("AWS_SECRET_ACCESS_KEY", "no")
 	var ev events
 	o := i.options()
-	o.StopCommand += "; echo stopping $FT_PASSED ${RESTIC_PASSWORD-hidden}"
+	o.StopCommand += "; echo stopping $FT_PASSED ${RESTIC_PASSWORD-hidden} ${AWS_SECRET_ACCESS_KEY-hidden}"
 	o.Progress = ev.sink
 	c, err := NewCommand(o)
 	if err != nil {
@@ -57,7 +58,7 @@ func TestCommand(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !ev.has(progress.Verbose, "stopping yes hidden") {
+	if !ev.has(progress.Verbose, "stopping yes hidden hidden") {
 		t.Errorf("the output of the stop command was not reported: %v", ev.list)
 	}
 	before, err := os.ReadFile(filepath.Join(i.base, "data"))

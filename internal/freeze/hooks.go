@@ -64,7 +64,7 @@ func AwaitUse(ctx context.Context, r Recipe, holds bool, up func(context.Context
 }
 
 // NewReady makes the test of readiness from the options of a freezer: a command runs in the current
-// directory, with the environment of this process without the variables of Holdfast and restic.
+// directory, with what package userenv leaves of the environment of this process.
 func NewReady(command, url string, timeout time.Duration) (Ready, error) {
 	r := Ready{URL: url, Timeout: timeout}
 	if command == "" {

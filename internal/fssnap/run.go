@@ -5,12 +5,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/holdfast-backup/holdfast/internal/userenv"
 )
 
 // A Runner runs a program and returns what it wrote to its standard output. Drivers take one so that
@@ -57,7 +58,7 @@ func Run(ctx context.Context, argv ...string) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, runTimeout)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, path, argv[1:]...)
-	cmd.Env = append(os.Environ(), "LC_ALL=C", "TZ=UTC")
+	cmd.Env = append(userenv.Environ(), "LC_ALL=C", "TZ=UTC")
 	out, err := Output(ctx, cmd)
 	if err != nil {
 		var ce *CommandError

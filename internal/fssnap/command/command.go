@@ -17,6 +17,7 @@ import (
 
 	"github.com/holdfast-backup/holdfast/internal/fssnap"
 	"github.com/holdfast-backup/holdfast/internal/statedir"
+	"github.com/holdfast-backup/holdfast/internal/userenv"
 )
 
 // Options are those of a Driver.
@@ -186,7 +187,7 @@ func (d *Driver) run(ctx context.Context, command string, v fssnap.View) ([]byte
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "/bin/sh", "-c", command)
 	cmd.Dir = "/"
-	cmd.Env = append(os.Environ(), "HOLDFAST_SOURCE="+v.Source, "HOLDFAST_VIEW_NAME="+v.Name, "HOLDFAST_VIEW="+v.Path)
+	cmd.Env = append(userenv.Environ(), "HOLDFAST_SOURCE="+v.Source, "HOLDFAST_VIEW_NAME="+v.Name, "HOLDFAST_VIEW="+v.Path)
 	return fssnap.Output(ctx, cmd)
 }
 

@@ -37,6 +37,32 @@ func mkdir(t *testing.T, path string) string {
 	return path
 }
 
+// TestNoCredentials: the commands get what they need, and no key of the repository.
+func TestNoCredentials(t *testing.T) {
+	t.Setenv("HOLDFAST_PASSWORD", "secret")
+	t.Setenv("AWS_SECRET_ACCESS_KEY", "secret")
+	t.Setenv("THEIRS", "kept")
+	dir := mkdir(t, filepath.Join(t.TempDir(), "data"))
+	out := filepath.Join(t.TempDir(), "env")
+	o := copies(t.TempDir())
+	o.Create = "env > " + out + "; " + o.Create
+	d := New(o)
+	views, err := d.Create(t.Context(), "holdfast-x", []fssnap.Source{{Path: dir}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Remove(t.Context(), views[0]); err != nil {
+		t.Error(err)
+	}
+	env, err := os.ReadFile(out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s := string(env); strings.Contains(s, "secret") || !strings.Contains(s, "THEIRS=kept") || !strings.Contains(s, "HOLDFAST_SOURCE="+dir) {
+		t.Errorf("%s", s)
+	}
+}
+
 func TestLaws(t *testing.T) {
 	fssnaptest.Laws(t, fssnaptest.Rig{
 		Driver:   func(state string) fssnap.Driver { return New(copies(state)) },
