@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"encoding/xml"
 	"errors"
 	"fmt"
 	"io"
@@ -34,6 +35,7 @@ import (
 	"github.com/holdfast-backup/holdfast/internal/backend/local"
 	"github.com/holdfast-backup/holdfast/internal/backup"
 	"github.com/holdfast-backup/holdfast/internal/bucket"
+	"github.com/holdfast-backup/holdfast/internal/capture"
 	"github.com/holdfast-backup/holdfast/internal/discover"
 	"github.com/holdfast-backup/holdfast/internal/freeze"
 	"github.com/holdfast-backup/holdfast/internal/ocis"
@@ -631,11 +633,178 @@ func TestObjectsByVersions(t *testing.T) {
 	g.sameFiles(dst)
 	g.sameObjects(g.bucket, g.want())
 
+	// A longer time prolongs the locks, a shorter one leaves them alone.
+	c := g.client()
+	locked := func() time.Duration {
+		// This server tells the lock of an old version in words of its own only.
+		u, err := c.Presign(t.Context(), http.MethodGet, g.bucket, key, time.Minute, url.Values{"retention": {""}, "versionId": {versions[0].VersionID}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp, err := http.Get(u.String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		var lock struct {
+			Mode            string
+			RetainUntilDate time.Time
+		}
+		if err := xml.NewDecoder(resp.Body).Decode(&lock); err != nil || lock.Mode != "GOVERNANCE" {
+			t.Fatalf("retention %+v: %v", lock, err)
+		}
+		return time.Until(lock.RetainUntilDate)
+	}
+	for _, days := range []time.Duration{10, 1} {
+		way.Blobs.LockFor = days * 24 * time.Hour
+		g.mustBackUp(way)
+		if left := locked(); left < 9*24*time.Hour || left > 12*24*time.Hour {
+			t.Errorf("locked for %v after a backup that locks for %d days", left, days)
+		}
+	}
+
 	// A bucket without versions cannot be secured in this way.
 	plain := newRig(t, s3test.Options{})
 	var be *backup.BucketError
 	if _, err := plain.backUp(way); !errors.As(err, &be) || len(be.Hints()) == 0 {
 		t.Errorf("a bucket without versions: %v", err)
+	}
+}
+
+// TestRulesThatExpireVersions: a rule of the bucket's life cycle that would take away what is pinned ends the backup
+// before it begins; one that concerns something else does not.
+func TestRulesThatExpireVersions(t *testing.T) {
+	g := newRig(t, s3test.Options{Versioning: true})
+	space, _, _ := strings.Cut(slices.Sorted(maps.Keys(g.want()))[0], "/")
+	var rule string
+	g.proxy(func(w http.ResponseWriter, r *http.Request, _ string) bool {
+		if !r.URL.Query().Has("lifecycle") {
+			return false
+		}
+		w.Header().Set("Content-Type", "application/xml")
+		if rule == "denied" {
+			w.WriteHeader(http.StatusForbidden)
+			_, _ = io.WriteString(w, "<Error><Code>AccessDenied</Code><Message>no</Message></Error>")
+			return true
+		}
+		fmt.Fprintf(w, "<LifecycleConfiguration><Rule><ID>the rule</ID>%s</Rule></LifecycleConfiguration>", rule)
+		return true
+	})
+	const on, old, age = "<Status>Enabled</Status>", "<NoncurrentVersionExpiration><NoncurrentDays>30</NoncurrentDays></NoncurrentVersionExpiration>", "<Expiration><Days>9</Days></Expiration>"
+	prefix := func(p string) string { return "<Filter><Prefix>" + p + "</Prefix></Filter>" }
+	for _, c := range []struct {
+		name, rule string
+		bad        bool
+	}{
+		{"old versions, everywhere", on + "<Filter></Filter>" + old, true},
+		{"old versions, the old form", on + "<Prefix></Prefix>" + old, true},
+		{"but for some", on + prefix("") + "<NoncurrentVersionExpiration><NewerNoncurrentVersions>5</NewerNoncurrentVersions></NoncurrentVersionExpiration>", true},
+		{"by age", on + prefix("") + age, true},
+		{"at a date", on + prefix("") + "<Expiration><Date>2100-01-01T00:00:00Z</Date></Expiration>", true},
+		{"in a space", on + prefix(space+"/") + old, true},
+		{"in a part of a space", on + prefix(space+"/00") + old, true},
+		{"in spaces that begin so", on + prefix(space[:3]) + age, true},
+		{"prefix and size", on + "<Filter><And><Prefix>" + space + "</Prefix><ObjectSizeGreaterThan>5</ObjectSizeGreaterThan></And></Filter>" + old, true},
+		{"elsewhere", on + prefix("logs/") + old, false},
+		{"elsewhere by age", on + prefix("logs/") + age, false},
+		{"what has a tag, as no object has", on + "<Filter><Tag><Key>a</Key><Value>b</Value></Tag></Filter>" + old, false},
+		{"prefix and tag", on + "<Filter><And><Prefix>" + space + "</Prefix><Tag><Key>a</Key><Value>b</Value></Tag></And></Filter>" + old, false},
+		{"switched off", "<Status>Disabled</Status>" + prefix("") + old, false},
+		{"markers without versions", on + prefix("") + "<Expiration><ExpiredObjectDeleteMarker>true</ExpiredObjectDeleteMarker></Expiration>", false},
+		{"parts of uploads", on + prefix("") + "<AbortIncompleteMultipartUpload><DaysAfterInitiation>7</DaysAfterInitiation></AbortIncompleteMultipartUpload>", false},
+	} {
+		rule = c.rule
+		_, err := g.backUp(backup.Options{DryRun: true, Blobs: backup.BlobOptions{Way: snapshot.WayVersions}})
+		var e *capture.ExpiringError
+		switch {
+		case !c.bad && err != nil:
+			t.Errorf("%s: %v", c.name, err)
+		case c.bad && (!errors.As(err, &e) || !strings.Contains(err.Error(), "the rule") || len(e.Hints()) == 0):
+			t.Errorf("%s: %v", c.name, err)
+		}
+	}
+	// Who may not read the rules does not know.
+	rule = "denied"
+	var be *backup.BucketError
+	if _, err := g.backUp(backup.Options{DryRun: true, Blobs: backup.BlobOptions{Way: snapshot.WayVersions}}); !errors.As(err, &be) || !strings.Contains(be.Hints()[0], "GetLifecycleConfiguration") {
+		t.Errorf("without the right to read the rules: %v", err)
+	}
+	// An object with a name of former times is in no space.
+	blob := strings.ReplaceAll(strings.TrimPrefix(slices.Sorted(maps.Keys(g.want()))[0], space+"/"), "/", "")
+	g.former(blob, space)
+	rule = on + prefix(blob[:5]) + old
+	var e *capture.ExpiringError
+	if _, err := g.backUp(backup.Options{DryRun: true, Blobs: backup.BlobOptions{Way: snapshot.WayVersions}}); !errors.As(err, &e) {
+		t.Errorf("a former name: %v", err)
+	}
+}
+
+// former gives an object the name that it would have had before May 2022.
+func (g *rig) former(blob, space string) {
+	g.t.Helper()
+	key := bucket.Key(space, blob)
+	data := g.want()[key]
+	if _, err := g.client().PutObject(g.t.Context(), g.bucket, bucket.FormerKey(blob), bytes.NewReader(data), int64(len(data)), minio.PutObjectOptions{}); err != nil {
+		g.t.Fatal(err)
+	}
+	if err := g.open(g.bucket).Remove(g.t.Context(), key, ""); err != nil {
+		g.t.Fatal(err)
+	}
+}
+
+// TestFormerNames: instances from before May 2022 have objects that are named by the blob alone. Each way finds them, and a
+// restore gives them the same names, because the server looks for them there.
+func TestFormerNames(t *testing.T) {
+	g := newRig(t, s3test.Options{})
+	want := g.want()
+	for i, key := range slices.Sorted(maps.Keys(want)) {
+		space, rel, _ := strings.Cut(key, "/")
+		if blob := strings.ReplaceAll(rel, "/", ""); i%3 == 0 {
+			g.former(blob, space)
+			want[blob] = want[key]
+			delete(want, key)
+		}
+	}
+	name := g.srv.Bucket(t, false, false)
+	g.mustBackUp(backup.Options{})
+	expected(t, g.dir, g.source, nil)
+	g.mustRestore(filepath.Join(t.TempDir(), "a"), restore.Options{Objects: users(&restore.Objects{Dest: g.open(name)})})
+	g.sameObjects(name, want)
+
+	second, third := g.srv.Bucket(t, false, false), g.srv.Bucket(t, false, false)
+	g.mustBackUp(toReplica(second))
+	g.sameObjects(second, want)
+	replica := g.open(second)
+	whole(t, g.check(replica))
+	g.mustRestore(filepath.Join(t.TempDir(), "b"), restore.Options{Objects: users(&restore.Objects{Dest: g.open(third), Source: replica})})
+	g.sameObjects(third, want)
+}
+
+// TestReplicaAtAnotherServer: the objects go through this machine, with the keys of each.
+func TestReplicaAtAnotherServer(t *testing.T) {
+	g := newRig(t, s3test.Options{})
+	there := s3test.Start(t, s3test.Options{})
+	name := there.Bucket(t, false, false)
+	cfg := bucket.Config{Endpoint: there.Endpoint, Region: there.Region, Bucket: name, AccessKey: there.AccessKey, SecretKey: there.SecretKey}
+	g.mustBackUp(backup.Options{Blobs: backup.BlobOptions{Way: snapshot.WayReplica, Replica: cfg}})
+	b, err := bucket.Open(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Close()
+	here := g.srv
+	g.srv = there
+	g.sameObjects(name, g.want())
+	g.srv = here
+	// The other way round it comes back.
+	g.removeAll(g.bucket)
+	g.mustRestore(filepath.Join(t.TempDir(), "a"), restore.Options{Objects: users(&restore.Objects{Dest: g.open(g.bucket), Source: b})})
+	g.sameObjects(g.bucket, g.want())
+	// Keys that the other server does not know.
+	cfg.SecretKey = "wrong"
+	var be *backup.BucketError
+	if _, err := g.backUp(backup.Options{Blobs: backup.BlobOptions{Way: snapshot.WayReplica, Replica: cfg}}); !errors.As(err, &be) || !strings.Contains(err.Error(), "replica: ") || strings.Contains(err.Error(), there.AccessKey) {
+		t.Errorf("wrong keys: %v", err)
 	}
 }
 

@@ -12,6 +12,8 @@ import (
 
 	"github.com/minio/minio-go/v7"
 	"github.com/minio/minio-go/v7/pkg/lifecycle"
+
+	"github.com/holdfast-backup/holdfast/internal/s3"
 )
 
 // Right is one of those that the vendor's bucket policy gives.
@@ -123,7 +125,7 @@ type Rule struct {
 	Prefix string
 	// What it does, in words.
 	What string
-	// Ends is true if it removes versions for good.
+	// Ends is true if it expires objects, or versions of them.
 	Ends bool
 }
 
@@ -134,6 +136,9 @@ func (r Rule) String() string {
 	}
 	return s + " " + r.What
 }
+
+// Hits reports whether the rule concerns the object with this key.
+func (r Rule) Hits(key string) bool { return strings.HasPrefix(key, r.Prefix) }
 
 // Touches reports whether the rule can concern objects below one of the prefixes.
 func (r Rule) Touches(prefix string) bool {
@@ -181,7 +186,9 @@ func (b *Bucket) Rules(ctx context.Context) ([]Rule, error) {
 			add(true, "removes all versions of an object")
 		}
 		if !l.Expiration.IsDaysNull() || !l.Expiration.IsDateNull() {
-			add(false, "deletes objects by their age, so that the server no longer finds them")
+			// The version stays, and is not the current one any more: the server does not find it, and whatever
+			// ends old versions ends it.
+			add(true, "deletes objects by their age")
 		}
 		if l.Transition.StorageClass != "" || l.NoncurrentVersionTransition.StorageClass != "" {
 			add(false, "moves objects to another storage class, from which a restore may be slow or impossible")
@@ -194,18 +201,28 @@ func (b *Bucket) Rules(ctx context.Context) ([]Rule, error) {
 func (b *Bucket) Lock(ctx context.Context, key, version string, until time.Time) error {
 	mode := minio.Governance
 	err := b.again(ctx, func() error {
-		m, old, err := b.cl.GetObjectRetention(ctx, b.cfg.Bucket, key, version)
-		if err == nil && old != nil && !old.Before(until) {
-			return nil
-		}
-		if err == nil && m != nil && *m == minio.Compliance {
-			mode = minio.Compliance // it can be made longer, but not be weakened
+		info, err := b.cl.StatObject(ctx, b.cfg.Bucket, key, minio.StatObjectOptions{VersionID: version})
+		if err == nil {
+			m, old := s3.Retention(&info)
+			if !old.Before(until) {
+				return nil
+			}
+			if m == minio.Compliance {
+				mode = m // it can be made longer, but not be weakened
+			}
 		}
 		return b.cl.PutObjectRetention(ctx, b.cfg.Bucket, key, minio.PutObjectRetentionOptions{
 			Mode: &mode, RetainUntilDate: &until, VersionID: version,
 		})
 	})
-	return b.fail(ctx, "lock object", key, err)
+	err = b.fail(ctx, "lock object", key, err)
+	if errors.Is(err, s3.ErrLocked) || errors.Is(err, s3.ErrAccessDenied) {
+		// Perhaps it is locked for longer, and the server did not say so.
+		if old, aerr := b.cl.AskRetention(ctx, b.cfg.Bucket, key, version); aerr == nil && !old.Before(until) {
+			return nil
+		}
+	}
+	return err
 }
 
 // LockEnabled reports whether versions in the bucket can be locked.

@@ -15,6 +15,7 @@ import (
 	"net/http"
 	"os"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/minio/minio-go/v7"
@@ -86,6 +87,8 @@ type Bucket struct {
 	cfg  Config
 	cl   *s3.Client
 	core minio.Core
+
+	noCopy atomic.Bool // copies within the server are of no use
 }
 
 const (
@@ -214,7 +217,7 @@ func (e *credentialsError) Hints() []string {
 func transient(err error) bool {
 	var r minio.ErrorResponse
 	if errors.As(err, &r) {
-		return r.StatusCode >= 500 || r.StatusCode == http.StatusRequestTimeout || r.StatusCode == http.StatusTooManyRequests || r.Code == "SlowDown"
+		return r.StatusCode != http.StatusNotImplemented && (r.StatusCode >= 500 || r.StatusCode == http.StatusRequestTimeout || r.StatusCode == http.StatusTooManyRequests || r.Code == "SlowDown")
 	}
 	return true
 }
@@ -336,10 +339,14 @@ func (s *sourceReader) Read(p []byte) (int, error) {
 }
 
 // CopyFrom makes an object of one that lies in src, which may be the same bucket. It is a copy within
-// the server where both have one endpoint; else the bytes go through this machine. from.Size must be right.
+// the server where both have one endpoint; else, and where the server cannot copy or the keys of the destination may
+// not read the source, the bytes go through this machine. from.Size must be right.
 func (b *Bucket) CopyFrom(ctx context.Context, src *Bucket, from Object, key string) (Object, error) {
-	if b.Endpoint() != src.Endpoint() {
+	stream := func() (Object, error) {
 		return b.Put(ctx, key, from.Size, func() (io.ReadCloser, error) { return src.Get(ctx, from.Key, from.VersionID) })
+	}
+	if b.Endpoint() != src.Endpoint() || b.noCopy.Load() {
+		return stream()
 	}
 	var up minio.UploadInfo
 	err := b.again(ctx, func() (err error) {
@@ -358,7 +365,15 @@ func (b *Bucket) CopyFrom(ctx context.Context, src *Bucket, from Object, key str
 		return err
 	})
 	if err != nil {
-		return Object{}, b.fail(ctx, "copy object", from.Key, err)
+		err = b.fail(ctx, "copy object", from.Key, err)
+		if errors.Is(err, s3.ErrUnsupported) || errors.Is(err, s3.ErrAccessDenied) && b.cfg.AccessKey != src.cfg.AccessKey {
+			o, serr := stream()
+			if serr == nil {
+				b.noCopy.Store(true) // so that not each object is tried in vain
+			}
+			return o, serr
+		}
+		return Object{}, err
 	}
 	// The answer to a copy does not tell the size.
 	o, err := b.Stat(ctx, key, up.VersionID)

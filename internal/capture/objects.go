@@ -124,7 +124,7 @@ func (e *ExpiringError) Error() string {
 	for _, r := range e.Rules {
 		s = append(s, r.String())
 	}
-	return fmt.Sprintf("the life cycle of %s would remove versions that the snapshot needs: %s", e.Bucket, strings.Join(s, "; "))
+	return fmt.Sprintf("the life cycle of %s would expire versions that the snapshot needs: %s", e.Bucket, strings.Join(s, "; "))
 }
 
 // Hints says what to do next.
@@ -614,6 +614,12 @@ func (d *decomposed) pin(ctx context.Context, j *objectJob, x bucket.Object) err
 	}
 	if got.VersionID == "" {
 		got.VersionID = "null" // written before the bucket kept versions
+	}
+	// Keys of former times are below no space, where checkRules looks.
+	for _, r := range d.obj.Rules {
+		if r.Ends && r.Hits(got.Key) {
+			return &ExpiringError{Bucket: d.obj.Source.String(), Rules: []bucket.Rule{r}}
+		}
 	}
 	j.rec = d.objectRec(j, got, got.VersionID)
 	return d.judgeObject(ctx, j, d.obj.Source, got)
