@@ -19,6 +19,7 @@ import (
 	"github.com/holdfast-backup/holdfast/internal/discover"
 	"github.com/holdfast-backup/holdfast/internal/ocis"
 	"github.com/holdfast-backup/holdfast/internal/restore"
+	"github.com/holdfast-backup/holdfast/internal/s3"
 	"github.com/holdfast-backup/holdfast/internal/snapshot"
 	"github.com/holdfast-backup/holdfast/internal/ui"
 )
@@ -243,7 +244,7 @@ func (x blobsIn) object(ctx context.Context, key, version string) (io.ReadCloser
 func accessLines(b *bucket.Bucket, list []bucket.Access) []string {
 	out := []string{"  " + ui.Clean(b.String())}
 	for _, x := range list {
-		line := fmt.Sprintf("    %-7s", x.Right)
+		line := fmt.Sprintf("    %-7s%-18s", x.Right, "("+x.Right.Action()+")")
 		switch {
 		case x.Err != nil:
 			line += "no: " + ui.Clean(x.Err.Error())
@@ -277,7 +278,7 @@ func (a *app) showAccess(ctx context.Context, inst *ocis.Instance) error {
 		}
 		if a.ui.JSON() {
 			for _, x := range list {
-				o := accessObject{Event: "bucket_access", Store: s.Name, Bucket: b.Name(), Endpoint: b.Endpoint(), Right: string(x.Right)}
+				o := accessObject{Event: "bucket_access", Store: s.Name, Bucket: b.Name(), Endpoint: b.Endpoint(), Right: string(x.Right), Action: x.Right.Action()}
 				switch {
 				case x.Err != nil:
 					o.State, o.Detail = "no", x.Err.Error()
@@ -292,10 +293,26 @@ func (a *app) showAccess(ctx context.Context, inst *ocis.Instance) error {
 			a.ui.Text("", "Rights of the keys of store "+ui.Quote(s.Name)+":")
 			a.ui.Text(accessLines(b, list)...)
 		}
+		var lacks []string
 		for _, x := range list {
-			if x.Err != nil && failed == nil && (x.Right == bucket.ListBucket || x.Right == bucket.GetObject) {
+			if x.Err == nil {
+				continue
+			}
+			if !errors.Is(x.Err, s3.ErrAccessDenied) {
+				lacks = nil // it is not a matter of rights
+				if failed == nil {
+					failed = fmt.Errorf("the bucket of store %s cannot be used: %w", ui.Quote(s.Name), x.Err)
+				}
+				break
+			}
+			lacks = append(lacks, x.Right.Action())
+			if failed == nil && (x.Right == bucket.ListBucket || x.Right == bucket.GetObject) {
 				failed = fmt.Errorf("the bucket of store %s cannot be backed up: %w", ui.Quote(s.Name), x.Err)
 			}
+		}
+		if len(lacks) > 0 {
+			a.ui.Warn("the keys of store %s lack %s: a backup needs s3:ListBucket and s3:GetObject, the server and a restore need s3:PutObject and s3:DeleteObject as well",
+				ui.Quote(s.Name), strings.Join(lacks, ", "))
 		}
 	}
 	return failed
@@ -308,6 +325,7 @@ type accessObject struct {
 	Bucket   string `json:"bucket"`
 	Endpoint string `json:"endpoint"`
 	Right    string `json:"right"`
+	Action   string `json:"action"`
 	State    string `json:"state"`
 	Detail   string `json:"detail,omitempty"`
 }

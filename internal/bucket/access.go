@@ -27,6 +27,21 @@ const (
 	DeleteObject Right = "delete"
 )
 
+// Action is the name of the right in bucket policies.
+func (r Right) Action() string {
+	switch r {
+	case ListBucket:
+		return "s3:ListBucket"
+	case GetObject:
+		return "s3:GetObject"
+	case PutObject:
+		return "s3:PutObject"
+	case DeleteObject:
+		return "s3:DeleteObject"
+	}
+	return string(r)
+}
+
 // Access is the result of one test: Err is nil if the right is there. Untested says why it could not be
 // tested without a trace.
 type Access struct {
@@ -47,6 +62,7 @@ func probeKey() string {
 func (b *Bucket) CheckAccess(ctx context.Context, rights ...Right) []Access {
 	var out []Access
 	key := probeKey()
+	blind := false // without the right to list
 	for _, r := range rights {
 		a := Access{Right: r}
 		switch r {
@@ -55,9 +71,15 @@ func (b *Bucket) CheckAccess(ctx context.Context, rights ...Right) []Access {
 			if !errors.Is(err, errStop) {
 				a.Err = err
 			}
+			blind = errors.Is(err, s3.ErrAccessDenied)
 		case GetObject:
-			// Without the right to list, S3 answers 403 to a name that is not there.
-			if _, err := b.Stat(ctx, key, ""); err != nil && !errors.Is(err, ErrNotFound) {
+			// Without the right to list, S3 does not say that a name is not there.
+			_, err := b.Stat(ctx, key, "")
+			switch {
+			case err == nil, errors.Is(err, ErrNotFound):
+			case blind && errors.Is(err, s3.ErrAccessDenied):
+				a.Untested = "without the right to list, the server does not tell"
+			default:
 				a.Err = err
 			}
 		case PutObject:

@@ -750,6 +750,78 @@ func TestBucketSettings(t *testing.T) {
 	}
 }
 
+// TestBucketSettingsOfAllDrivers: each setting from the YAML file under each name of the driver, and then from the
+// environment, which goes before it. Reference: 4.4, Configuration.
+func TestBucketSettingsOfAllDrivers(t *testing.T) {
+	for _, c := range []struct {
+		product             ocis.Product
+		driver, yaml, env   string
+		prefix, otherPrefix string
+	}{
+		{ocis.OCIS, "s3ng", "s3ng", "S3NG", "user.ocis.", "DECOMPOSEDS3"},
+		{ocis.OpenCloud, "decomposeds3", "decomposeds3", "DECOMPOSEDS3", "user.oc.", "S3NG"},
+		{ocis.OpenCloud, "decomposed_s3", "decomposed_s3", "DECOMPOSEDS3", "user.oc.", "S3NG"},
+		{ocis.OpenCloud, "decomposed-s3", "decomposed-s3", "DECOMPOSEDS3", "user.oc.", "S3NG"},
+		{ocis.OpenCloud, "s3ng", "decomposeds3", "DECOMPOSEDS3", "user.ocis.", "S3NG"}, // the legacy driver, with the settings of the new one
+	} {
+		t.Run(string(c.product)+" "+c.driver+" "+c.yaml, func(t *testing.T) {
+			root := tempDir(t)
+			name := map[ocis.Product]string{ocis.OCIS: "ocis", ocis.OpenCloud: "opencloud"}[c.product]
+			base, config := filepath.Join(root, "var/lib", name), filepath.Join(root, "etc", name)
+			addInstance(t, base, config, c.product)
+			users := filepath.Join(base, "storage/users")
+			if err := os.RemoveAll(users); err != nil {
+				t.Fatal(err)
+			}
+			addStore(t, users, c.prefix, 5, false)
+			yaml := "storage_users:\n  driver: " + c.driver + "\n  drivers:\n    " + c.yaml + ":\n"
+			for _, kv := range []string{
+				"endpoint: http://minio:9000", "region: eu-1", "bucket: b-yaml", "access_key: a-yaml", "secret_key: s-yaml",
+				"put_object_disable_content_sha256: true", "put_object_disable_multipart: true", "put_object_send_content_md5: false",
+				"put_object_concurrent_stream_parts: false", "put_object_num_threads: 7", "put_object_part_size: 5242880",
+			} {
+				yaml += "      " + kv + "\n"
+			}
+			write(t, config, map[string]string{name + ".yaml": yaml})
+			got := func(env ...string) ocis.S3 {
+				t.Helper()
+				o := quiet(root)
+				o.Environ = append(o.Environ, env...)
+				in := mustDiscover(t, o)
+				s := in.Store("users")
+				if in.Setup != "s3" || s == nil || s.S3 == nil || s.Driver != c.driver || s.Prefix != c.prefix {
+					t.Fatalf("setup %s, store %+v", in.Setup, s)
+				}
+				return *s.S3
+			}
+			want := ocis.S3{Endpoint: "http://minio:9000", Region: "eu-1", Bucket: "b-yaml", AccessKey: "a-yaml", SecretKey: "s-yaml",
+				PartSize: 5 << 20, Threads: 7, DisableMultipart: true, DisableContentSHA256: true}
+			if s := got(); s != want {
+				t.Errorf("from the file: %+v", s)
+			}
+			p := "STORAGE_USERS_" + c.env + "_"
+			env := []string{
+				p + "ENDPOINT=https://s3.example:8443", p + "REGION=us", p + "BUCKET=b-env", p + "ACCESS_KEY=a-env", p + "SECRET_KEY=s-env",
+				p + "PUT_OBJECT_DISABLE_CONTENT_SHA256=false", p + "PUT_OBJECT_DISABLE_MULTIPART=false", p + "PUT_OBJECT_SEND_CONTENT_MD5=true",
+				p + "PUT_OBJECT_CONCURRENT_STREAM_PARTS=true", p + "PUT_OBJECT_NUM_THREADS=2", p + "PUT_OBJECT_PART_SIZE=33554432",
+				"STORAGE_USERS_" + c.otherPrefix + "_BUCKET=another driver's",
+			}
+			want = ocis.S3{Endpoint: "https://s3.example:8443", Region: "us", Bucket: "b-env", AccessKey: "a-env", SecretKey: "s-env",
+				PartSize: 32 << 20, Threads: 2, SendContentMD5: true, ConcurrentParts: true}
+			if s := got(env...); s != want {
+				t.Errorf("from the environment: %+v", s)
+			}
+			// What is not set has the product's defaults.
+			write(t, config, map[string]string{name + ".yaml": "storage_users:\n  driver: " + c.driver + "\n"})
+			want = ocis.S3{Endpoint: "https://s3.example:8443", Region: "default", Bucket: "b-env", AccessKey: "a-env", SecretKey: "s-env",
+				Threads: 4, SendContentMD5: true, ConcurrentParts: true}
+			if s := got(env[0], env[2], env[3], env[4]); s != want {
+				t.Errorf("defaults: %+v", s)
+			}
+		})
+	}
+}
+
 func TestExternalServices(t *testing.T) {
 	root := tempDir(t)
 	base := filepath.Join(root, "var/lib/ocis")

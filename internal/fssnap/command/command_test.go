@@ -47,7 +47,11 @@ func TestNoCredentials(t *testing.T) {
 	o := copies(t.TempDir())
 	o.Create = "env > " + out + "; " + o.Create
 	d := New(o)
-	views, err := d.Create(t.Context(), "holdfast-x", []fssnap.Source{{Path: dir}})
+	src, err := d.Probe(t.Context(), dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	views, err := d.Create(t.Context(), fssnap.NewName(time.Now()), []fssnap.Source{src})
 	if err != nil {
 		t.Fatal(err)
 	}
