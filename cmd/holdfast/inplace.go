@@ -20,14 +20,8 @@ import (
 
 // inPlaceSummary is the final object of a restore in place.
 type inPlaceSummary struct {
-	Event    string `json:"event"`
-	Verb     string `json:"verb"`
-	InPlace  bool   `json:"in_place"`
-	DryRun   bool   `json:"dry_run"`
-	Snapshot string `json:"snapshot"`
-	Space    string `json:"space"`
-	Path     string `json:"path"`
-	Kind     string `json:"kind"`
+	partSummary
+	InPlace bool `json:"in_place"`
 	*inplace.Result
 	Seconds float64 `json:"seconds"`
 }
@@ -106,10 +100,7 @@ func (a *app) restoreInPlace(ctx context.Context, arg string, f *restoreFlags) e
 		if t.Store.Layout == string(ocis.Posix) && !f.dryRun {
 			a.ui.Info("the server reads the files anew when it starts; where STORAGE_USERS_POSIX_SCAN_FS is false, its command `posixfs scan` does that")
 		}
-		a.showInPlace(&inPlaceSummary{
-			Event: "summary", Verb: "restore", InPlace: true, DryRun: f.dryRun, Snapshot: p.sn.ID().String(), Space: p.item.Space.Folder,
-			Path: p.item.Path, Kind: string(p.item.Kind), Result: res, Seconds: time.Since(begun).Seconds(),
-		})
+		a.showInPlace(&inPlaceSummary{partSummary: summaryOf(p, f.dryRun), InPlace: true, Result: res, Seconds: time.Since(begun).Seconds()})
 		return nil
 	})
 }

@@ -20,8 +20,8 @@ type toFlags struct {
 	keep bool
 }
 
-// saveSummary is the final object of such a restore.
-type saveSummary struct {
+// partSummary begins the final object of a restore of what an address names.
+type partSummary struct {
 	Event    string `json:"event"`
 	Verb     string `json:"verb"`
 	DryRun   bool   `json:"dry_run"`
@@ -29,7 +29,19 @@ type saveSummary struct {
 	Space    string `json:"space"`
 	Path     string `json:"path"`
 	Kind     string `json:"kind"`
-	To       string `json:"to"`
+}
+
+func summaryOf(p *picked, dryRun bool) partSummary {
+	return partSummary{
+		Event: "summary", Verb: "restore", DryRun: dryRun, Snapshot: p.sn.ID().String(), Space: p.item.Space.Folder,
+		Path: p.item.Path, Kind: string(p.item.Kind),
+	}
+}
+
+// saveSummary is the final object of a restore to a folder or an archive.
+type saveSummary struct {
+	partSummary
+	To string `json:"to"`
 	*save.Result
 	Seconds float64 `json:"seconds"`
 }
@@ -69,10 +81,7 @@ func (a *app) restoreTo(ctx context.Context, arg string, f *restoreFlags) error 
 		if ctx.Err() != nil {
 			err = context.Cause(ctx)
 		}
-		sum := saveSummary{
-			Event: "summary", Verb: "restore", DryRun: f.dryRun, Snapshot: p.sn.ID().String(), Space: p.item.Space.Folder, Path: p.item.Path,
-			Kind: string(p.item.Kind), To: to, Result: res, Seconds: time.Since(begun).Seconds(),
-		}
+		sum := saveSummary{partSummary: summaryOf(p, f.dryRun), To: to, Result: res, Seconds: time.Since(begun).Seconds()}
 		a.showSaved(&sum)
 		var failed *save.FailedError
 		var mismatch *save.MismatchError

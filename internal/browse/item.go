@@ -319,18 +319,7 @@ func (v *View) Versions(ctx context.Context, it *Item) ([]*Item, error) {
 	if err != nil {
 		return nil, err
 	}
-	t, err := v.tree(ctx, n.Subtree)
-	if err != nil {
-		return nil, err
-	}
-	var out []*Item
-	for _, n := range t.Nodes {
-		if n.Type == snapshot.File {
-			out = append(out, &Item{Space: it.Space, Kind: Version, Of: it.Kind, Path: it.Path, Stamp: n.Name, Node: withID(n, it.NodeID()), place: it.place, name: it.Name()})
-		}
-	}
-	sortVersions(out)
-	return out, nil
+	return v.versionsIn(ctx, it, n, "")
 }
 
 // posixVersions finds the versions of a trashed file of the posix driver: no folder of the trash has
@@ -344,14 +333,19 @@ func (v *View) posixVersions(ctx context.Context, it *Item) ([]*Item, error) {
 	if err != nil {
 		return nil, err
 	}
-	t, err := v.tree(ctx, n.Subtree)
+	return v.versionsIn(ctx, it, n, nodeID+".REV.")
+}
+
+// versionsIn lists the versions of a file in the folder dir, where their names are prefix and time.
+func (v *View) versionsIn(ctx context.Context, it *Item, dir *snapshot.Node, prefix string) ([]*Item, error) {
+	t, err := v.tree(ctx, dir.Subtree)
 	if err != nil {
 		return nil, err
 	}
 	var out []*Item
 	for _, n := range t.Nodes {
-		if stamp, ok := strings.CutPrefix(n.Name, nodeID+".REV."); ok && n.Type == snapshot.File {
-			out = append(out, &Item{Space: it.Space, Kind: Version, Of: it.Kind, Path: it.Path, Stamp: stamp, Node: withID(n, nodeID), place: it.place, name: it.Name()})
+		if stamp, ok := strings.CutPrefix(n.Name, prefix); ok && n.Type == snapshot.File {
+			out = append(out, &Item{Space: it.Space, Kind: Version, Of: it.Kind, Path: it.Path, Stamp: stamp, Node: withID(n, it.NodeID()), place: it.place, name: it.Name()})
 		}
 	}
 	sortVersions(out)

@@ -374,7 +374,7 @@ func (r *run) file(rel string, src io.Reader, size int64, durable bool, dress fu
 	if err != nil {
 		return err
 	}
-	n, err := io.Copy(f, readerOf(r.ctx, src))
+	n, err := io.Copy(f, src) // what is long comes from the repository, and ends with the context
 	if err == nil && n != size {
 		err = fmt.Errorf("%s: the snapshot gives %d of %d bytes", rel, n, size)
 	}
@@ -395,21 +395,6 @@ func (r *run) file(rel string, src io.Reader, size int64, durable bool, dress fu
 		_ = r.root.Remove(tmp)
 	}
 	return err
-}
-
-// readerOf ends with the context.
-func readerOf(ctx context.Context, r io.Reader) io.Reader { return &ctxReader{ctx, r} }
-
-type ctxReader struct {
-	ctx context.Context
-	r   io.Reader
-}
-
-func (c *ctxReader) Read(p []byte) (int, error) {
-	if c.ctx.Err() != nil {
-		return 0, context.Cause(c.ctx)
-	}
-	return c.r.Read(p)
 }
 
 func (r *run) owner(h *pax.Header) (uid, gid int) {
