@@ -27,7 +27,9 @@ type breaker struct {
 	users  string // roots of the stores
 	system string
 	prefix string
-	undo   []func()
+	// objects is the bucket, if there is one.
+	objects *bucket
+	undo    []func()
 }
 
 func (b *breaker) must(err error) {
@@ -239,11 +241,14 @@ type want struct {
 }
 
 // cases of the decomposed layout. Each one breaks one thing.
-var decomposedCases = []struct {
+// brokenCase is one way to damage an instance, and what is to be found then.
+type brokenCase struct {
 	name   string
 	damage func(b *breaker)
 	want   []want
-}{
+}
+
+var decomposedCases = []brokenCase{
 	{"metadata of a file is gone", func(b *breaker) {
 		b.remove(b.at(alan, "Round 0/dup1.bin").mpk())
 	}, []want{{consistency.MetadataMissing, "/Round 0/dup1.bin"}}},
@@ -485,20 +490,27 @@ func fresh(before map[string]int, found []consistency.Finding) []consistency.Fin
 // TestBroken: each class has a store that is broken in exactly that way, and the report names it and
 // nothing else.
 func TestBroken(t *testing.T) {
-	dir := testfixture.Unpack(t, testfixture.OCIS)
-	st := stores(t, testfixture.OCIS, dir)
-	o := consistency.Options{ReadData: true, Now: time.Now()}
+	broken(t, testfixture.OCIS, consistency.Options{ReadData: true}, decomposedCases)
+}
+
+// broken damages the instance in each way, one after the other, and looks at what is reported besides what is
+// without damage.
+func broken(t *testing.T, name string, o consistency.Options, cases []brokenCase) {
+	dir := testfixture.Unpack(t, name)
+	st := stores(t, name, dir)
+	o.Now = time.Now()
 	clean, _ := check(t, st, o)
 	before := map[string]int{}
 	for _, f := range clean {
 		before[mark(f)]++
 	}
-	for _, c := range decomposedCases {
+	b := &breaker{prefix: st[0].Prefix, users: filepath.Join(dir, "data/storage/users"), system: filepath.Join(dir, "data/storage/metadata")}
+	if x, ok := st[0].Blobs.(*bucket); ok {
+		b.objects = x
+	}
+	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
-			b := &breaker{
-				t: t, prefix: ocis.PrefixOCIS,
-				users: filepath.Join(dir, "data/storage/users"), system: filepath.Join(dir, "data/storage/metadata"),
-			}
+			b.t = t
 			defer b.back()
 			c.damage(b)
 			found, _ := check(t, st, o)
@@ -529,45 +541,31 @@ func compare(t *testing.T, wants []want, got []consistency.Finding) {
 	}
 }
 
-// TestBrokenBucket: what is wrong with objects is named, and nothing else; a bucket whose ETags are no checksums of
-// contents makes no damage.
+// TestBrokenBucket: the same for objects. Without reading them all a wrong checksum of the bucket tells that one is
+// another; a bucket whose ETags are no checksums of contents makes no damage.
 func TestBrokenBucket(t *testing.T) {
-	dir := testfixture.Unpack(t, testfixture.OCISWithS3Blobs)
-	b := &breaker{t: t, prefix: ocis.PrefixOCIS, users: filepath.Join(dir, "data/storage/users"), system: filepath.Join(dir, "data/storage/metadata")}
-	objects := &bucket{dir: filepath.Join(dir, "bucket"), bad: ocis.NodePath(b.at(alan, "Round 0/dup1.bin").attrs().Text("blobid"))}
-	st := stores(t, testfixture.OCISWithS3Blobs, dir)
-	st[0].Blobs = objects
-	o := consistency.Options{Now: time.Now()}
-	clean, _ := check(t, st, o)
-	before := map[string]int{}
-	for _, f := range clean {
-		before[mark(f)]++
-	}
-	p := b.at(alan, "Round 0/dup1.bin")
-	object := filepath.Join(objects.dir, alan, ocis.NodePath(p.attrs().Text("blobid")))
-	data, err := os.ReadFile(object)
-	b.must(err)
-	for _, c := range []struct {
-		name   string
-		damage func()
-		want   []want
-	}{
-		{"an object is gone", func() { b.remove(object) }, []want{{consistency.BlobMissing, "/Round 0/dup1.bin"}}},
-		{"an object is cut off", func() { b.write(object, data[:100]) }, []want{{consistency.BlobSize, "/Round 0/dup1.bin"}}},
-		{"another content of the same size", func() { b.write(object, bytes.Repeat([]byte("x"), len(data))) }, []want{{consistency.BlobChecksum, "/Round 0/dup1.bin"}}},
-		{"an object of nobody", func() {
-			b.write(filepath.Join(objects.dir, alan, ocis.NodePath(nowhere)), []byte("nobody's"))
+	broken(t, testfixture.OCISWithS3Blobs, consistency.Options{}, []brokenCase{
+		{"an object is gone", func(b *breaker) { b.remove(b.object()) }, []want{{consistency.BlobMissing, "/Round 0/dup1.bin"}}},
+		{"an object is cut off", func(b *breaker) { b.write(b.object(), []byte("short")) }, []want{{consistency.BlobSize, "/Round 0/dup1.bin"}}},
+		{"another content of the same size", func(b *breaker) {
+			b.write(b.object(), bytes.Repeat([]byte("x"), 60000))
+		}, []want{{consistency.BlobChecksum, "/Round 0/dup1.bin"}}},
+		{"an object of nobody", func(b *breaker) {
+			b.write(filepath.Join(b.objects.dir, alan, ocis.NodePath(nowhere)), []byte("nobody's"))
 		}, []want{{consistency.BlobOrphaned, "/blobs/de/ad/be/ef/"}}},
-		{"an object that cannot be read", func() { objects.broken = true }, []want{{consistency.Unreadable, "/Round 0/dup1.bin"}}},
-		{"ETags that are no checksums", func() { objects.encrypted = true }, nil},
-	} {
-		t.Run(c.name, func(t *testing.T) {
-			defer b.back()
-			c.damage()
-			o.ReadData = objects.broken
-			found, _ := check(t, st, o)
-			objects.broken = false
-			compare(t, c.want, fresh(before, found))
-		})
-	}
+		{"an object that cannot be read", func(b *breaker) {
+			b.objects.bad = filepath.Base(b.object())
+			b.undo = append(b.undo, func() { b.objects.bad = "" })
+		}, []want{{consistency.Unreadable, "/Round 0/dup1.bin"}}},
+		{"ETags that are no checksums", func(b *breaker) {
+			b.objects.encrypted = true
+			b.undo = append(b.undo, func() { b.objects.encrypted = false })
+		}, nil},
+	})
+}
+
+// object is the file of one object.
+func (b *breaker) object() string {
+	b.t.Helper()
+	return filepath.Join(b.objects.dir, alan, ocis.NodePath(b.at(alan, "Round 0/dup1.bin").attrs().Text("blobid")))
 }

@@ -22,12 +22,11 @@ type bucket struct {
 	dir string
 	// encrypted: what looks like MD5s are none.
 	encrypted bool
-	// broken: the blob at bad cannot be read.
-	broken bool
-	bad    string
+	// bad is the end of the name of an object that is another one, by its checksum, and cannot be read.
+	bad string
 }
 
-func (b bucket) List(_ context.Context, space string, fn func(consistency.BlobInfo) error) error {
+func (b *bucket) List(_ context.Context, space string, fn func(consistency.BlobInfo) error) error {
 	top := filepath.Join(b.dir, space)
 	return filepath.WalkDir(top, func(p string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
@@ -46,15 +45,15 @@ func (b bucket) List(_ context.Context, space string, fn func(consistency.BlobIn
 			return err
 		}
 		sum := md5.Sum(data)
-		if b.encrypted {
+		if b.encrypted || b.bad != "" && strings.HasSuffix(p, b.bad) {
 			sum[0]++
 		}
 		return fn(consistency.BlobInfo{ID: strings.ReplaceAll(rel, "/", ""), Size: fi.Size(), Modified: fi.ModTime(), MD5: fmt.Sprintf("%x", sum)})
 	})
 }
 
-func (b bucket) Open(_ context.Context, space, blob string) (io.ReadCloser, error) {
-	if b.broken && ocis.NodePath(blob) == b.bad {
+func (b *bucket) Open(_ context.Context, space, blob string) (io.ReadCloser, error) {
+	if b.bad != "" && strings.HasSuffix(blob, b.bad) {
 		return nil, errors.New("the server is on fire")
 	}
 	return os.Open(filepath.Join(b.dir, space, ocis.NodePath(blob)))
@@ -73,7 +72,7 @@ func stores(t testing.TB, name, dir string) []consistency.Store {
 			case testfixture.OCIS:
 				st.Prefix = ocis.PrefixOCIS
 			case testfixture.OCISWithS3Blobs:
-				st.Prefix, st.Remote, st.Blobs = ocis.PrefixOCIS, true, bucket{dir: filepath.Join(dir, "bucket")}
+				st.Prefix, st.Remote, st.Blobs = ocis.PrefixOCIS, true, &bucket{dir: filepath.Join(dir, "bucket")}
 			}
 		}
 		d, err := consistency.OpenDir(filepath.Join(dir, "data/storage", s.root), st.Layout, st.Prefix)

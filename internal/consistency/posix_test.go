@@ -69,11 +69,7 @@ func (b *breaker) glob(pattern string) string {
 	return list[0]
 }
 
-var posixCases = []struct {
-	name   string
-	damage func(b *breaker)
-	want   []want
-}{
+var posixCases = []brokenCase{
 	{"a file without attributes", func(b *breaker) {
 		b.dropAttrs(b.file("Round 0/dup1.bin"))
 	}, []want{{consistency.MetadataMissing, "Round 0/dup1.bin"}}},
@@ -171,28 +167,5 @@ var posixCases = []struct {
 
 // TestBrokenPosix does for the posix layout what TestBroken does.
 func TestBrokenPosix(t *testing.T) {
-	dir := testfixture.Unpack(t, testfixture.OpenCloudPosix)
-	st := stores(t, testfixture.OpenCloudPosix, dir)
-	o := consistency.Options{ReadData: true, Now: time.Now()}
-	clean, _ := check(t, st, o)
-	before := map[string]int{}
-	for _, f := range clean {
-		before[mark(f)]++
-	}
-	for _, c := range posixCases {
-		t.Run(c.name, func(t *testing.T) {
-			b := &breaker{
-				t: t, prefix: ocis.PrefixOpenCloud,
-				users: filepath.Join(dir, "data/storage/users"), system: filepath.Join(dir, "data/storage/metadata"),
-			}
-			defer b.back()
-			c.damage(b)
-			found, _ := check(t, st, o)
-			compare(t, c.want, fresh(before, found))
-		})
-	}
-	again, _ := check(t, st, o)
-	if len(again) != len(clean) {
-		t.Errorf("the cases left damage behind: %d findings, before %d", len(again), len(clean))
-	}
+	broken(t, testfixture.OpenCloudPosix, consistency.Options{ReadData: true}, posixCases)
 }
