@@ -18,6 +18,7 @@ import (
 	"github.com/holdfast-backup/holdfast/internal/consistency"
 	"github.com/holdfast-backup/holdfast/internal/discover"
 	"github.com/holdfast-backup/holdfast/internal/ocis"
+	"github.com/holdfast-backup/holdfast/internal/replica"
 	"github.com/holdfast-backup/holdfast/internal/restore"
 	"github.com/holdfast-backup/holdfast/internal/s3"
 	"github.com/holdfast-backup/holdfast/internal/snapshot"
@@ -414,6 +415,13 @@ func (a *app) restoreObjects(ctx context.Context, m *snapshot.Manifest, f *resto
 		}
 		if o.Dest, err = a.openPlace(ctx, p, id, key); err != nil {
 			return out, fmt.Errorf("the blobs of store %s: %w", ui.Quote(st.Name), err)
+		}
+		if of.delete {
+			// A replica has what other snapshots need. That it cannot be listed is told by the restore.
+			if ids, err := replica.Users(ctx, o.Dest); err == nil && len(ids) > 0 {
+				return out, ui.WithHints(usageError("--delete would remove from bucket %s what other snapshots need: it is a replica of repository %s", ui.Quote(p.Bucket), strings.Join(ids, ", ")),
+					"Leave --delete out, or restore to another bucket.")
+			}
 		}
 	}
 	if !used && (of.dest != bucketFlags{} || of.delete || of.read) {

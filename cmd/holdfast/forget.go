@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -184,6 +185,12 @@ func (a *app) forgetSnapshots(ctx context.Context, f *forgetFlags, names []strin
 		}
 		a.showForget(list, plan, f.dryRun)
 		removed := 0
+		if f.prune {
+			remove := slices.DeleteFunc(slices.Clone(list), func(s *snapshot.Snapshot) bool { return !slices.Contains(plan.Remove, s.ID()) })
+			if f.pruning.replica.gone, err = replicaPlaces(ctx, r, remove); err != nil {
+				return err
+			}
+		}
 		if !f.dryRun {
 			if removed, err = maintain.Forget(ctx, r, plan); err != nil {
 				return explainForget(fmt.Errorf("removed %d of %s: %w", removed, ui.Count(int64(len(plan.Remove)), "snapshot"), err))

@@ -19,6 +19,8 @@ import (
 type replicaFlags struct {
 	place bucketFlags
 	claim bool
+	// gone are the replicas of snapshots that were removed just now.
+	gone []snapshot.BucketPlace
 }
 
 func (f *replicaFlags) add(fs *pflag.FlagSet) {
@@ -47,12 +49,17 @@ func (a *app) pruneReplicas(ctx context.Context, r *repo.Repository, list []*sna
 	case err == nil:
 	case ctx.Err() != nil:
 		return context.Cause(ctx)
-	case len(needed.Replicas) == 0 && f.place.bucket == "":
+	case len(needed.Replicas)+len(f.gone) == 0 && f.place.bucket == "":
 		return nil // as far as can be seen there is no replica
 	default:
 		return fmt.Errorf("no object of a replica was removed: %w", err)
 	}
 	places := needed.Replicas
+	for _, p := range f.gone {
+		if !slices.ContainsFunc(places, func(known snapshot.BucketPlace) bool { return replica.SamePlace(known, p) }) {
+			places = append(places, p)
+		}
+	}
 	if p := f.place; p.bucket != "" {
 		named := snapshot.BucketPlace{Endpoint: p.endpoint, Region: p.region, Bucket: p.bucket, PathStyle: p.pathStyle}
 		// As for backup, the server is that of the instance's bucket if no other one is named.
@@ -156,25 +163,9 @@ func replicaLines(s *replica.Result, dryRun bool) []string {
 // joinReplicas leaves the marker of the repository that takes copies of snapshots in each replica that they need, so
 // that their objects stay.
 func (a *app) joinReplicas(ctx context.Context, from, to *repo.Repository, list []*snapshot.Snapshot) error {
-	var places []snapshot.BucketPlace
-	for _, s := range list {
-		if s.Tree == nil || !s.HasTag(snapshot.Tag) {
-			continue
-		}
-		m, err := snapshot.LoadManifest(ctx, from, *s.Tree)
-		if ctx.Err() != nil {
-			return context.Cause(ctx)
-		}
-		if err != nil {
-			continue // the copy itself tells what is wrong with it
-		}
-		for i := range m.Stores {
-			b := m.Stores[i].Bucket
-			if b != nil && b.Way == snapshot.WayReplica && b.Replica != nil &&
-				!slices.ContainsFunc(places, func(p snapshot.BucketPlace) bool { return replica.SamePlace(p, *b.Replica) }) {
-				places = append(places, *b.Replica)
-			}
-		}
+	places, err := replicaPlaces(ctx, from, list)
+	if err != nil {
+		return err
 	}
 	for _, p := range places {
 		id, key, err := a.replicaKeys()
@@ -196,4 +187,28 @@ func (a *app) joinReplicas(ctx context.Context, from, to *repo.Repository, list 
 		}
 	}
 	return nil
+}
+
+// replicaPlaces lists the replicas that snapshots name. What cannot be read is passed over.
+func replicaPlaces(ctx context.Context, r *repo.Repository, list []*snapshot.Snapshot) (places []snapshot.BucketPlace, err error) {
+	for _, s := range list {
+		if s.Tree == nil || !s.HasTag(snapshot.Tag) {
+			continue
+		}
+		m, err := snapshot.LoadManifest(ctx, r, *s.Tree)
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+		if err != nil {
+			continue
+		}
+		for i := range m.Stores {
+			b := m.Stores[i].Bucket
+			if b != nil && b.Way == snapshot.WayReplica && b.Replica != nil &&
+				!slices.ContainsFunc(places, func(p snapshot.BucketPlace) bool { return replica.SamePlace(p, *b.Replica) }) {
+				places = append(places, *b.Replica)
+			}
+		}
+	}
+	return places, nil
 }

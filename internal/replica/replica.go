@@ -54,6 +54,12 @@ func markers(ctx context.Context, b *bucket.Bucket) ([]seen, error) {
 	return out, nil
 }
 
+// Users lists the ids of the repositories that use the bucket as a replica, sorted.
+func Users(ctx context.Context, b *bucket.Bucket) ([]string, error) {
+	list, err := markers(ctx, b)
+	return others(list, ""), err
+}
+
 // others lists the repositories but own that have a marker, sorted.
 func others(list []seen, own string) (out []string) {
 	for _, s := range list {
