@@ -93,6 +93,9 @@ func (r *run) posixPlace() (bool, error) {
 		}
 		return false, err
 	}
+	if r.src == "" { // the root of the store is in no space
+		return false, fmt.Errorf("space %s: %w", r.t.Space.ID, ErrNotInSnapshot)
+	}
 	r.sp = r.pre + r.src
 	list, err := posix.Spaces(r.ctx, r.root, strings.TrimSuffix(r.pre, "/"), r.t.Store.Prefix)
 	if err != nil {
