@@ -232,8 +232,14 @@ func drillText(r *drill.Report) []string {
 	if s.NotRun != "" {
 		out = append(out, "Server: not asked: "+ui.Clean(s.NotRun))
 	} else {
-		out = append(out, fmt.Sprintf("Server %s: ready after %s; %s asked for, %s", ui.Quote(s.Version), seconds(s.StartSeconds),
-			ui.Count(int64(len(s.Spaces)), "space"), ui.Count(s.Differences, "difference")))
+		asked := int64(0)
+		for _, x := range s.Spaces {
+			if x.NotAsked == "" {
+				asked++
+			}
+		}
+		out = append(out, fmt.Sprintf("Server %s: ready after %s; asked for %s, %s", ui.Quote(s.Version), seconds(s.StartSeconds),
+			ui.Count(asked, "space"), ui.Count(s.Differences, "difference")))
 	}
 	if v := s.Variables; v != nil {
 		out = append(out, fmt.Sprintf("  with %s of the original; %d left out", ui.Count(int64(v.Used), "variable"), len(v.LeftOut)))
@@ -247,6 +253,9 @@ func drillText(r *drill.Report) []string {
 			ui.Count(x.Versions, "version"), ui.Count(x.Trash, "item"), ui.Count(x.Read, "content"), ui.Count(x.Count, "difference")))
 		for _, d := range x.Differences {
 			out = append(out, "    "+ui.Clean(d))
+		}
+		for _, n := range x.Notes {
+			out = append(out, "    note: "+ui.Clean(n))
 		}
 	}
 	return append(out, "A real restore to a place as fast as this one would take about "+seconds(r.RealSeconds))

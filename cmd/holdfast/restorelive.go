@@ -300,7 +300,12 @@ func (a *app) impersonate(ctx context.Context, c *cloud.Client, who string, s li
 	}
 	u, err := c.User(ctx, who)
 	if errors.Is(err, cloud.ErrNotFound) && who == s.OwnerID && s.OwnerLogin != "" {
-		u, err = c.User(ctx, s.OwnerLogin) // the same person can have a new id
+		who = s.OwnerLogin
+		u, err = c.User(ctx, who) // the same person can have a new id
+	}
+	if errors.Is(err, cloud.ErrNotFound) {
+		return nil, nil, ui.WithHints(fmt.Errorf("--as %s: %w", ui.Quote(who), err), "--map-user OLD=NEW says by which name or id the instance knows that user now.",
+			"For a user who is gone, leave out --as: --into-space NAME makes a project space for the files.")
 	}
 	if err != nil {
 		return nil, nil, fmt.Errorf("--as %s: %w", ui.Quote(who), err)

@@ -806,7 +806,7 @@ func (p *places) one(ctx context.Context, view *browse.View, u *users, login str
 	}
 	for _, d := range drives {
 		if _, id, _ := strings.Cut(d.ID, "$"); id == s.ID {
-			return (&comparer{view, c, d.ID, r}).space(ctx, s)
+			return (&comparer{view: view, c: c, drive: d.ID, r: r}).space(ctx, s)
 		}
 	}
 	r.differ("the server does not show it to %q", login)

@@ -494,7 +494,7 @@ func TestLinks(t *testing.T) {
 	for _, p := range res.Problems {
 		said += fmt.Sprintln(p.Kind, p.Path, p.Reason)
 	}
-	if res.Links != 4 || res.ProblemCount != 2 || !strings.Contains(said, `link f link "closed" (edit): it had a password`) || !strings.Contains(said, `link f link "odd" (): it allows what`) {
+	if res.Links != 4 || res.ProblemCount != 2 || !strings.Contains(said, `link f "closed" (edit): it had a password`) || !strings.Contains(said, `link f "odd" (): it allows what`) {
 		t.Errorf("%+v", res)
 	}
 	if strings.Contains(said, i["f"].Links[1].Password) {

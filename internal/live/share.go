@@ -87,9 +87,9 @@ func (r *run) link(ctx context.Context, at, item string, links []Link, have []cl
 		}
 		says := func(err error) error {
 			if l.Name == "" {
-				return fmt.Errorf("a link without a name (%s): %w", l.Type, err)
+				return fmt.Errorf("one without a name (%s): %w", l.Type, err)
 			}
-			return fmt.Errorf("link %q (%s): %w", l.Name, l.Type, err)
+			return fmt.Errorf("%q (%s): %w", l.Name, l.Type, err)
 		}
 		if l.Type == "" {
 			r.problem(at, "link", says(errors.New("it allows what no link of the API does")))
