@@ -172,6 +172,7 @@ func (a *app) copyBetween(ctx context.Context, f *copyFlags, from, to *repo.Repo
 	for _, f := range res.Failed {
 		a.ui.Warn("not copied: %v", f)
 	}
+	a.prolongLocks(ctx, to)
 	switch {
 	case a.ui.JSON():
 		a.ui.Object(struct {

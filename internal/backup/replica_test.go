@@ -166,6 +166,7 @@ func TestReplicaGivesBackWhatNoSnapshotNeeds(t *testing.T) {
 	b := g.open(name)
 	g.mustBackUp(toReplica(name))
 	all := g.keys(name)
+	g.needsAreTheTars()
 	gone := g.purgeRevisions(3)
 	g.mustBackUp(toReplica(name))
 
@@ -227,10 +228,10 @@ func TestReplicaGivesBackWhatNoSnapshotNeeds(t *testing.T) {
 	}
 }
 
-// TestReplicaNeedsAreTheTars compares what Collect finds with what a reader of the tars finds.
-func TestReplicaNeedsAreTheTars(t *testing.T) {
-	g := newRig(t, s3test.Options{})
-	g.mustBackUp(toReplica(g.srv.Bucket(t, false, false)))
+// needsAreTheTars compares what Collect finds in the only snapshot with what a reader of its tars finds.
+func (g *rig) needsAreTheTars() {
+	t := g.t
+	t.Helper()
 	r := open(t, local.New(g.dir))
 	if err := r.LoadIndex(t.Context()); err != nil {
 		t.Fatal(err)
@@ -452,13 +453,15 @@ func TestReplicaThroughBadTimes(t *testing.T) {
 	s := spare(60)
 	g.put(name, s...)
 	var deletes atomic.Int32
+	unasked := false // whether the bucket keeps versions: few may ask
 	denied := "/" + name + "/" + s[7]
 	ctx, cancel := context.WithCancel(t.Context())
 	c := g.proxy(func(w http.ResponseWriter, r *http.Request, kind string) bool {
 		if kind == "delete" && deletes.Add(1) == 20 {
 			cancel()
 		}
-		if kind == "delete" && r.URL.Path == denied {
+		if versions := r.URL.Query().Has("versioning"); versions || kind == "delete" && r.URL.Path == denied {
+			unasked = unasked || versions
 			w.Header().Set("Content-Type", "application/xml")
 			w.WriteHeader(http.StatusForbidden)
 			_, _ = io.WriteString(w, `<Error><Code>AccessDenied</Code><Message>no</Message></Error>`)
@@ -498,6 +501,9 @@ func TestReplicaThroughBadTimes(t *testing.T) {
 	want[s[7]] = true
 	if got := g.keys(name); !maps.Equal(got, want) {
 		t.Errorf("left: %q", slices.Sorted(maps.Keys(got)))
+	}
+	if !unasked {
+		t.Error("nobody was refused to ask for versions")
 	}
 	// Who may remove nothing does not ask for everything.
 	g.put(name, spare(300)...)

@@ -107,8 +107,11 @@ func Remove(ctx context.Context, b *bucket.Bucket, n *Needed, o Options) (res *R
 		res.Refused = "it was not empty when this repository began to use it, so what is in it may be somebody else's; --replica-claim says that it is not"
 		return res, nil
 	}
-	if res.Versions, err = b.Versioning(ctx); err != nil {
-		return nil, err
+	// The right to ask is none that a replica needs otherwise.
+	if on, verr := b.Versioning(ctx); verr == nil {
+		res.Versions = on
+	} else if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
 	}
 	if !o.DryRun {
 		key := Prefix + o.Repository + removing
