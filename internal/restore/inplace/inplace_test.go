@@ -61,6 +61,7 @@ type scene struct {
 	t    *testing.T
 	now  *browsetest.Instance
 	data string
+	dry  bool
 	// whole makes the check look at the system storage, too.
 	whole bool
 }
@@ -155,7 +156,7 @@ func (s *scene) target(node, key string) inplace.Target {
 }
 
 func (s *scene) run(node, key string) (*inplace.Result, error) {
-	o := inplace.Options{Root: s.users(), System: s.system(), Now: time.Date(2026, 11, 26, 12, 0, 0, 5, time.UTC)}
+	o := inplace.Options{Root: s.users(), System: s.system(), Now: time.Date(2026, 11, 26, 12, 0, 0, 5, time.UTC), DryRun: s.dry}
 	for i := range s.m.Stores {
 		if s.m.Stores[i].Name == "system" {
 			o.SystemStore = &s.m.Stores[i]
@@ -460,8 +461,10 @@ func inPlace(t *testing.T, w *world) {
 		s.clean()
 		s.equal(above...)
 		s.sizesAsBefore(above)
-		if again, err := s.run(node, node); err != nil || again.Blobs > 0 || len(again.Moved) > 1 {
-			t.Errorf("the second time: %+v, %v", again, err)
+		for _, s.dry = range []bool{false, true} {
+			if again, err := s.run(node, node); err != nil || again.Blobs+again.Nodes+again.Revisions > 0 || len(again.Moved) > 0 {
+				t.Errorf("the second time (dry: %v): %+v, %v", s.dry, again, err)
+			}
 		}
 		s.clean()
 	})
@@ -551,6 +554,9 @@ func inPlace(t *testing.T, w *world) {
 			s.must(os.Remove(l))
 			_, err = s.run(node, key)
 			s.must(err)
+			if again, err := s.run(node, key); err != nil || len(again.Moved) > 0 {
+				t.Errorf("the second time: %+v, %v", again, err)
+			}
 		}
 		s.clean()
 		s.equal()

@@ -223,11 +223,21 @@ func (r *run) part() error {
 		return err
 	}
 	if r.o.DryRun {
+		if err := r.unchanged(want, blobs, gone); err != nil {
+			return err
+		}
 		for _, rel := range gone {
-			_ = r.moveAside(rel)
+			if r.same[rel] {
+				continue
+			}
+			if err := r.moveAside(rel); err != nil {
+				return err
+			}
 		}
 		for key := range want {
-			r.count(key)
+			if !r.same[r.nodeRel(key)] {
+				r.count(key)
+			}
 		}
 		return nil
 	}
@@ -548,6 +558,9 @@ func (r *run) unchanged(want, blobs map[string]bool, gone []string) error {
 				q, err := r.root.ReadFile(rel)
 				r.same[rel] = err == nil && bytes.Equal(p, q)
 			}
+		case len(parts) == 6 && parts[0] == "trash" && rel == r.trashRel(r.t.Node):
+			target, err := r.root.Readlink(rel)
+			r.same[rel] = r.t.Key != r.t.Node && err == nil && target == h.Link && target == trashTarget+ocis.NodePath(r.t.Key)
 		case len(parts) == 7 && h.Type == '2':
 			if target, err := r.root.Readlink(rel); at[rel] && err == nil && target == h.Link {
 				r.same[rel] = true
@@ -618,6 +631,9 @@ func (r *run) trashLink(trash map[string]string) error {
 		r.warn("the snapshot had no entry of the trash for it; it was made")
 	}
 	rel := r.trashRel(r.t.Node)
+	if target, err := r.root.Readlink(rel); err == nil && target == trashTarget+ocis.NodePath(r.t.Key) {
+		return nil
+	}
 	if r.exists(rel) {
 		if err := r.moveAside(rel); err != nil {
 			return err

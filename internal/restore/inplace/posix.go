@@ -352,16 +352,8 @@ func (r *run) posixPart() error {
 	}
 	gone := r.posixGone(want, pieces, now, version, affected)
 	if r.o.DryRun {
-		from := map[string]bool{}
-		for i := range pieces {
-			from[pieces[i].from] = true
-		}
-		for _, in := range s.order {
-			switch {
-			case !underAny(in, from):
-			default:
-				countIn(in, s.files[in].dir, s.files[in].size, &piece{}).into(r.res)
-			}
+		if err := r.posixDry(pieces, want); err != nil {
+			return err
 		}
 		for _, in := range gone {
 			if err := r.moveAside(r.sp + "/" + in); err != nil {
@@ -502,15 +494,13 @@ func (r *run) posixGone(want map[string]bool, pieces []piece, now *pnow, version
 	return out
 }
 
-// posixBuild writes the pieces into the folder stage, by their numbers.
-func (r *run) posixBuild(stage string, pieces []piece) error {
+// eachPiece reads the entries of the pieces from the snapshot. below is the path below the piece, with its slash.
+func (r *run) eachPiece(pieces []piece, fn func(i int, h *pax.Header, in, below string, data io.Reader) error) error {
 	at := map[string]int{}
 	for i := range pieces {
 		at[pieces[i].from] = i
 	}
-	type further struct{ from, to string }
-	var links []further
-	err := r.each(r.spaceTar(), func(h *pax.Header, rel string, data io.Reader) error {
+	return r.each(r.spaceTar(), func(h *pax.Header, rel string, data io.Reader) error {
 		in := strings.TrimPrefix(rel, r.src+"/")
 		if rel == r.src || posix.IsLock(in) {
 			return nil
@@ -524,10 +514,74 @@ func (r *run) posixBuild(stage string, pieces []piece) error {
 		if !ok {
 			return nil
 		}
+		return fn(i, h, in, strings.TrimPrefix(in, top), data)
+	})
+}
+
+// posixDry counts what would be written, by all that tells without reading contents.
+func (r *run) posixDry(pieces []piece, want map[string]bool) error {
+	differs, entries := map[int]bool{}, map[int]int{}
+	err := r.eachPiece(pieces, func(i int, h *pax.Header, in, below string, _ io.Reader) error {
+		countIn(in, h.Type == '5', sizeOf(h), &pieces[i])
+		entries[i]++
+		differs[i] = differs[i] || !r.looksSame(h, r.sp+"/"+pieces[i].to+below)
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	var count func(rel string) int
+	count = func(rel string) int {
+		n := 1
+		for _, e := range r.list(rel) {
+			if !posix.IsLock(e.Name()) {
+				n += count(rel + "/" + e.Name())
+			}
+		}
+		return n
+	}
+	for i := range pieces {
+		p, to := &pieces[i], r.sp+"/"+pieces[i].to
+		if !differs[i] && count(to) == entries[i] {
+			r.res.Unchanged += p.files
+			continue
+		}
+		p.into(r.res)
+		if id, _ := r.xattr(to, "id"); id != "" && !p.own && !want[id] {
+			r.res.Trashed = append(r.res.Trashed, p.to)
+		} else if err := r.moveAside(to); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// looksSame tells whether an entry is on disk, by its type, size, time and attributes.
+func (r *run) looksSame(h *pax.Header, rel string) bool {
+	f, err := posix.Open(r.root, rel)
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	fi, err := f.Stat()
+	if err != nil || fi.IsDir() != (h.Type == '5') || !fi.IsDir() && (fi.Size() != sizeOf(h) || !fi.ModTime().Equal(time.Unix(h.Sec, h.Nsec))) {
+		return false
+	}
+	have, err := posix.Attributes(f)
+	want := slices.DeleteFunc(snapshot.EntryXattrs(h), func(x snapshot.Xattr) bool { return !strings.HasPrefix(x.Name, "user.") })
+	return err == nil && slices.EqualFunc(have, want, func(a ocis.Attribute, x snapshot.Xattr) bool {
+		return a.Key == x.Name && bytes.Equal(a.Value, x.Value)
+	})
+}
+
+// posixBuild writes the pieces into the folder stage, by their numbers.
+func (r *run) posixBuild(stage string, pieces []piece) error {
+	type further struct{ from, to string }
+	var links []further
+	err := r.eachPiece(pieces, func(i int, h *pax.Header, in, below string, data io.Reader) error {
 		p := &pieces[i]
-		to := stage + "/" + strconv.Itoa(i) + strings.TrimPrefix(in, p.from)
-		switch {
-		case h.Type == '1':
+		to := stage + "/" + strconv.Itoa(i) + below
+		if h.Type == '1' {
 			from := strings.TrimPrefix(strings.TrimPrefix(h.Link, "./"), r.src+"/")
 			if !safePath(from) || !beneath(from, p.from) {
 				r.warn("%q is a further name of %q, which is not restored with it: it was left out", in, from)

@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -129,6 +130,18 @@ func TestPosix(t *testing.T) {
 		s.equalPosix("Round 0", "")
 		if res, err = s.run(node, node); err != nil || res.Unchanged != 5 || res.Nodes > 0 || len(res.Moved) > 0 {
 			t.Errorf("the second time: %+v, %v", res, err)
+		}
+		s.dry = true
+		if res, err = s.run(node, node); err != nil || res.Unchanged != 5 || res.Nodes+res.Revisions+res.Blobs > 0 || len(res.Moved) > 0 {
+			t.Errorf("a dry run: %+v, %v", res, err)
+		}
+		s.must(os.Chtimes(s.p("Round 0/versioned.txt"), time.Now(), time.Now()))
+		if res, err = s.run(node, node); err != nil || res.Unchanged != 4 || res.Nodes != 1 || res.Blobs != 1 || len(res.Moved) != 1 {
+			t.Errorf("a dry run after a change: %+v, %v", res, err)
+		}
+		s.dry = false
+		if _, err = s.run(node, node); err != nil {
+			t.Error(err)
 		}
 		s.equalPosix("Round 0", "")
 	})
