@@ -55,6 +55,10 @@ func (a *app) reportLost(ctx context.Context, arg string, f *restoreFlags) error
 				return fmt.Errorf("store %s is laid out as %s here and as %s in the snapshot", ui.Quote(was.Name), now.Layout, ui.Quote(was.Layout))
 			}
 			st := newer.Store{Root: now.Root, Prefix: now.Prefix, Was: was}
+			if now.S3 == nil && remoteDriver(now.Driver) && save != "" {
+				return ui.WithHints(fmt.Errorf("the contents of store %s lie in a bucket, and the configuration does not say in which", ui.Quote(was.Name)),
+					"--env-file names a file with the server's variables. Without --save-newer the list is made all the same.")
+			}
 			if now.S3 != nil && save != "" {
 				b, err := a.bucketOf(ctx, now.S3)
 				if err != nil {

@@ -1,6 +1,8 @@
 package newer_test
 
 import (
+	"context"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -9,6 +11,7 @@ import (
 	"time"
 
 	"github.com/holdfast-backup/holdfast/internal/browse/browsetest"
+	"github.com/holdfast-backup/holdfast/internal/bucket"
 	"github.com/holdfast-backup/holdfast/internal/ocis"
 	"github.com/holdfast-backup/holdfast/internal/restore/newer"
 	"github.com/holdfast-backup/holdfast/internal/snapshot"
@@ -18,6 +21,12 @@ import (
 const alan = "b1f74ec4-dd7e-11ef-a543-03775734d0f7"
 
 func TestNewer(t *testing.T) {
+	for _, name := range []string{testfixture.OCIS, testfixture.OCISWithS3Blobs} {
+		t.Run(name, func(t *testing.T) { testNewer(t, browsetest.Unpack(t, name)) })
+	}
+}
+
+func testNewer(t *testing.T, inst *browsetest.Instance) {
 	ctx := t.Context()
 	must := func(err error) {
 		t.Helper()
@@ -25,13 +34,18 @@ func TestNewer(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	inst := browsetest.Unpack(t, testfixture.OCIS)
 	inst.Trim(t)
 	users := inst.Store("users").Root
 	r := browsetest.NewRepo(t)
 	sn := browsetest.Backup(t, r, inst, time.Now())
 	m, err := snapshot.LoadManifest(ctx, r, *sn.Tree)
 	must(err)
+	var blobs func(ctx context.Context, space, blob string) (io.ReadCloser, error)
+	if b := inst.Bucket(t); b != nil {
+		blobs = func(ctx context.Context, space, blob string) (io.ReadCloser, error) {
+			return b.Get(ctx, bucket.Key(space, blob), "")
+		}
+	}
 	was := slices.IndexFunc(m.Stores, func(s snapshot.Store) bool { return s.Name == "users" })
 
 	space := filepath.Join(users, ocis.SpacePath(alan))
@@ -47,7 +61,7 @@ func TestNewer(t *testing.T) {
 	}
 	run := func(save string) ([]string, []newer.Space) {
 		var got []string
-		list, err := newer.Run(ctx, r, *sn.Tree, []newer.Store{{Root: users, Prefix: ocis.PrefixOCIS, Was: &m.Stores[was]}}, newer.Options{
+		list, err := newer.Run(ctx, r, *sn.Tree, []newer.Store{{Root: users, Prefix: ocis.PrefixOCIS, Was: &m.Stores[was], Blobs: blobs}}, newer.Options{
 			Save: save,
 			Found: func(it newer.Item) error {
 				got = append(got, string(it.Kind)+" "+it.Path)
@@ -73,6 +87,9 @@ func TestNewer(t *testing.T) {
 	}
 	blob := func(id, content string) {
 		p := filepath.Join(space, "blobs", ocis.NodePath(id))
+		if inst.Objects != "" {
+			p = filepath.Join(inst.Objects, bucket.Key(alan, id))
+		}
 		must(os.MkdirAll(filepath.Dir(p), 0o755))
 		must(os.WriteFile(p, []byte(content), 0o644))
 	}
