@@ -21,7 +21,7 @@ var steps = []string{
 }
 
 // nouns import nothing of ours.
-var nouns = []string{"internal/ocis", "internal/progress", "internal/repo/id", "internal/transport", "internal/cloud"}
+var nouns = []string{"internal/ocis", "internal/progress", "internal/repo/id", "internal/transport", "internal/cloud", "internal/userenv"}
 
 // testHelpers may be imported by tests, and by these.
 var testHelpers, testHelperUsers = []string{"internal/testfixture"}, []string{"internal/demo", "bench", "internal/testfixture"}
@@ -56,7 +56,7 @@ func objection(pkg, dep string, isTest bool) string {
 		return "steps do not import one another; what they share belongs below both"
 	case within(pkg, "internal/repo") && within(dep, append(steps, "internal/snapshot", "internal/ocis")...) && !isTest:
 		return "the engine knows nothing of snapshots and instances"
-	case within(pkg, "internal/backend") && ours && !within(dep, "internal/backend", "internal/s3", "internal/transport", "internal/progress", "internal/repo/id") && !isTest:
+	case within(pkg, "internal/backend") && ours && !within(dep, "internal/backend", "internal/s3", "internal/transport", "internal/progress", "internal/repo/id", "internal/userenv") && !isTest:
 		return "a backend stores files and knows nothing else"
 	case within(pkg, "internal/snapshot") && within(dep, append(steps, "internal/ocis")...) && !isTest:
 		return "records know nothing of the work"

@@ -26,7 +26,13 @@ func Pass(names []string) {
 func Environ() []string { return Filter(os.Environ()) }
 
 // Filter does the same with any environment.
-func Filter(environ []string) []string {
+func Filter(environ []string) []string { return filter(environ, families) }
+
+// ForRemotes is what a program gets that reaches a repository by credentials of its own, rclone: those of the AWS tools
+// may be meant for it.
+func ForRemotes() []string { return filter(os.Environ(), families[:2]) }
+
+func filter(environ, families []string) []string {
 	out := []string{}
 	for _, kv := range environ {
 		name, _, _ := strings.Cut(kv, "=")

@@ -21,7 +21,11 @@ func TestSecretsAreWithheld(t *testing.T) {
 		t.Errorf("%q", got)
 	}
 	t.Setenv("AWS_PROFILE", "x")
+	t.Setenv("RESTIC_PASSWORD", "x")
 	if slices.Contains(Environ(), "AWS_PROFILE=x") {
 		t.Error("of our own environment AWS_PROFILE is passed on")
+	}
+	if r := ForRemotes(); !slices.Contains(r, "AWS_PROFILE=x") || slices.Contains(r, "RESTIC_PASSWORD=x") {
+		t.Errorf("for rclone: %q", r)
 	}
 }

@@ -30,29 +30,12 @@ type Process struct {
 
 var _ net.Conn = (*Process)(nil)
 
-// secrets are variables that are no business of a helper. rclone may need those of the AWS tools.
-var secrets = []string{
-	"HOLDFAST_PASSWORD", "RESTIC_PASSWORD", "HOLDFAST_PASSWORD_COMMAND", "RESTIC_PASSWORD_COMMAND", "RESTIC_REST_PASSWORD",
-	"HOLDFAST_FROM_PASSWORD", "RESTIC_FROM_PASSWORD", "HOLDFAST_TO_PASSWORD",
-	"HOLDFAST_BUCKET_ACCESS_KEY", "HOLDFAST_BUCKET_SECRET_KEY", "HOLDFAST_REPLICA_ACCESS_KEY", "HOLDFAST_REPLICA_SECRET_KEY",
-}
-
-// Start runs argv with our environment and env. The program has a process group of its own, so that
+// Start runs argv with the environment env. The program has a process group of its own, so that
 // Ctrl-C does not take the connection away before the repository is unlocked; it ends when its input
 // does, that is also when we are killed.
-func Start(argv []string, env ...string) (*Process, error) {
+func Start(argv, env []string) (*Process, error) {
 	p := &Process{cmd: exec.Command(argv[0], argv[1:]...), done: make(chan struct{})}
-	for _, kv := range os.Environ() {
-		name, _, _ := strings.Cut(kv, "=")
-		secret := false
-		for _, s := range secrets {
-			secret = secret || s == name
-		}
-		if !secret {
-			p.cmd.Env = append(p.cmd.Env, kv)
-		}
-	}
-	p.cmd.Env = append(p.cmd.Env, env...)
+	p.cmd.Env = env
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	theirIn, ourOut, err := os.Pipe()
 	if err != nil {

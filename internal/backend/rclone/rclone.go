@@ -16,6 +16,7 @@ import (
 	"github.com/holdfast-backup/holdfast/internal/backend"
 	"github.com/holdfast-backup/holdfast/internal/backend/child"
 	"github.com/holdfast-backup/holdfast/internal/backend/rest"
+	"github.com/holdfast-backup/holdfast/internal/userenv"
 )
 
 // Options of Open.
@@ -74,7 +75,7 @@ func (s *server) dial(ctx context.Context, _, _ string) (net.Conn, error) {
 		s.p = nil
 	}
 	// b2-hard-delete: else a removed file of B2 stays as an old version, as restic found.
-	p, err := child.Start([]string{s.o.Program, "serve", "restic", "--stdio", "--b2-hard-delete", s.o.Remote})
+	p, err := child.Start([]string{s.o.Program, "serve", "restic", "--stdio", "--b2-hard-delete", s.o.Remote}, userenv.ForRemotes())
 	if err != nil {
 		return nil, &startError{err}
 	}

@@ -23,6 +23,7 @@ import (
 	"github.com/holdfast-backup/holdfast/internal/backend"
 	"github.com/holdfast-backup/holdfast/internal/backend/child"
 	"github.com/holdfast-backup/holdfast/internal/transport"
+	"github.com/holdfast-backup/holdfast/internal/userenv"
 )
 
 // session is a connection with an SFTP client on it.
@@ -121,7 +122,7 @@ func sshCommand(program string, o Options) []string {
 
 // run makes a session over a program.
 func run(ctx context.Context, o Options, argv []string) (*session, error) {
-	p, err := child.Start(argv)
+	p, err := child.Start(argv, userenv.Environ())
 	if err != nil {
 		return nil, fatal("Install ssh, or set --sftp-command.", "cannot start %s: %w", argv[0], err)
 	}

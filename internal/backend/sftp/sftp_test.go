@@ -98,6 +98,23 @@ func TestReconnect(t *testing.T) {
 	}
 }
 
+// A command of the user gets neither the password of the repository nor the keys of another one.
+func TestCommandGetsNoKeys(t *testing.T) {
+	t.Setenv("HOLDFAST_PASSWORD", "topsecretvalue")
+	t.Setenv("AWS_SECRET_ACCESS_KEY", "topsecretvalue")
+	t.Setenv("THEIRS", "kept")
+	file := filepath.Join(t.TempDir(), "env")
+	be := sftp.New(sftp.Options{Host: "h", Path: "/p", Command: "sh -c 'env >" + file + "'"})
+	defer be.Close()
+	if _, err := be.Stat(context.Background(), backend.Handle{Type: backend.ConfigFile}); err == nil {
+		t.Error("a command that is no session")
+	}
+	env, err := os.ReadFile(file)
+	if err != nil || strings.Contains(string(env), "topsecretvalue") || !strings.Contains(string(env), "THEIRS=kept") {
+		t.Errorf("%v: %s", err, env)
+	}
+}
+
 func TestConnectErrors(t *testing.T) {
 	s := start(t)
 	dir := t.TempDir()
