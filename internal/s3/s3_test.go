@@ -3,12 +3,17 @@ package s3_test
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
@@ -286,6 +291,53 @@ func TestTLSAndStyle(t *testing.T) {
 	defer cl.Close()
 	if u, err := cl.PresignedGetObject(ctx, bucket, "k", time.Minute, nil); err != nil || u.Host != bucket+".localhost:"+port {
 		t.Errorf("virtual host: %v, %v", u, err)
+	}
+}
+
+// A server that asks for a client certificate.
+func TestClientCertificate(t *testing.T) {
+	srv := s3test.Start(t, s3test.Options{TLS: true})
+	bucket := srv.Bucket(t, false, false)
+	cert, err := os.ReadFile(srv.CACert)
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, err := os.ReadFile(filepath.Join(filepath.Dir(srv.CACert), "key.pem"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	both := filepath.Join(t.TempDir(), "client.pem")
+	if err := os.WriteFile(both, append(cert, key...), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	pool := x509.NewCertPool()
+	pool.AppendCertsFromPEM(cert)
+	u, err := url.Parse(srv.Endpoint)
+	if err != nil {
+		t.Fatal(err)
+	}
+	proxy := &httputil.ReverseProxy{
+		Rewrite:   func(r *httputil.ProxyRequest) { r.Out.URL.Scheme, r.Out.URL.Host = u.Scheme, u.Host },
+		Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool}},
+	}
+	front := httptest.NewUnstartedServer(proxy)
+	front.Config.ErrorLog = log.New(io.Discard, "", 0)
+	front.TLS = &tls.Config{ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: pool}
+	front.StartTLS()
+	defer front.Close()
+	for _, file := range []string{both, ""} {
+		o := srv.Options()
+		o.Endpoint = front.URL
+		o.Transport = transport.Options{Insecure: true, ClientCert: file}
+		cl, err := s3.New(t.Context(), o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ok, err := cl.BucketExists(t.Context(), bucket)
+		if with := file != ""; ok != with || (err == nil) != with {
+			t.Errorf("with the certificate %v: %v, %v", with, ok, err)
+		}
+		cl.Close()
 	}
 }
 
