@@ -108,7 +108,7 @@ func setup(t *testing.T, be backend.Backend, change func(data string)) (*repo.Re
 	}, change)
 }
 
-func backUp(t *testing.T, be backend.Backend, dir string, env []string, change func(data string)) (*repo.Repository, []*snapshot.Snapshot) {
+func backUp(t *testing.T, be backend.Backend, dir string, env []string, change func(data string), options ...func(*backup.Options)) (*repo.Repository, []*snapshot.Snapshot) {
 	t.Helper()
 	t.Setenv("SECRET_OF_THE_TEST", "1")
 	ctx := t.Context()
@@ -139,7 +139,11 @@ func backUp(t *testing.T, be backend.Backend, dir string, env []string, change f
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := backup.Run(ctx, backup.Options{Instance: inst, Repo: r, Freezer: freeze.None{}, Hostname: "test", Version: "test"}); err != nil {
+	o := backup.Options{Instance: inst, Repo: r, Freezer: freeze.None{}, Hostname: "test", Version: "test"}
+	for _, set := range options {
+		set(&o)
+	}
+	if _, err := backup.Run(ctx, o); err != nil {
 		t.Fatal(err)
 	}
 	list, err := snapshot.List(ctx, r)
@@ -337,8 +341,13 @@ func drillAsOther(dir, repository string, _ bool) error {
 	return json.NewEncoder(os.Stdout).Encode(rep)
 }
 
-// TestBucket: what is in a bucket becomes files, for the server as well, and no bucket is touched.
+// TestBucket: what is in a bucket becomes files, for the server as well, and no bucket is touched. The
+// server is the image that the snapshot holds, which the engine has only for the time of the drill.
 func TestBucket(t *testing.T) {
+	e := freezetest.TheEngine(t)
+	const image = "opencloudeu/opencloud:saved"
+	e.ImportProgram(t, image, "opencloud", server(t))
+	t.Setenv("DOCKER_HOST", "unix://"+e.Socket)
 	srv := s3test.Start(t, s3test.Options{})
 	name := srv.Bucket(t, false, false)
 	dir := testfixture.Unpack(t, testfixture.OCISWithS3Blobs)
@@ -348,10 +357,14 @@ func TestBucket(t *testing.T) {
 	r, list := backUp(t, mem.New(), dir, []string{
 		"STORAGE_USERS_DRIVER=s3ng", "STORAGE_USERS_DECOMPOSEDS3_ENDPOINT=" + srv.Endpoint, "STORAGE_USERS_DECOMPOSEDS3_REGION=" + srv.Region,
 		"STORAGE_USERS_DECOMPOSEDS3_BUCKET=" + name, "STORAGE_USERS_DECOMPOSEDS3_ACCESS_KEY=" + srv.AccessKey, "STORAGE_USERS_DECOMPOSEDS3_SECRET_KEY=" + srv.SecretKey,
-	}, nil)
+	}, nil, func(o *backup.Options) { o.Instance.Software.Image, o.SaveImage = image, true })
 	srv.Stop()
-	rep := run(t, r, list, drill.Options{Program: server(t), Spaces: 3})
-	if !rep.Passed || rep.Tested != "server" || rep.Consistency.Damage != 0 || len(rep.Consistency.Limits) > 0 {
+	e.RemoveImage(t, image)
+	rep := run(t, r, list, drill.Options{Image: drill.SnapshotImage, Spaces: 3})
+	if id := e.ImageID(image); id != "" {
+		t.Errorf("the image %s is left", id)
+	}
+	if !rep.Passed || rep.Server.Program != "image "+image || rep.Tested != "server" || rep.Consistency.Damage != 0 || len(rep.Consistency.Limits) > 0 {
 		t.Errorf("%+v %+v", rep, rep.Consistency.Summary)
 	}
 }
