@@ -302,6 +302,13 @@ func (f *failing) LoadBlob(ctx context.Context, bt repo.BlobType, d id.ID, buf [
 	return f.Loader.LoadBlob(ctx, bt, d, buf)
 }
 
+func (f *failing) LoadBlobs(ctx context.Context, bt repo.BlobType, ids []id.ID, fn func(id.ID, []byte) error) error {
+	if f.n++; f.n == f.at {
+		return errFailing
+	}
+	return f.Loader.LoadBlobs(ctx, bt, ids, fn)
+}
+
 // TestReplicaOfSeveralIsLeftAlone: nobody but a repository itself knows what it needs.
 func TestReplicaOfSeveralIsLeftAlone(t *testing.T) {
 	g := newRig(t, s3test.Options{})

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 
 	"github.com/holdfast-backup/holdfast/internal/pax"
 	"github.com/holdfast-backup/holdfast/internal/progress"
@@ -21,6 +22,7 @@ import (
 // Loader gives what a repository holds. *repo.Repository is one, its index loaded.
 type Loader interface {
 	snapshot.BlobLoader
+	snapshot.BlobsLoader
 	Size(t repo.BlobType, d id.ID) (int64, bool)
 }
 
@@ -36,7 +38,8 @@ type Needed struct {
 	keys   []uint64 // sorted and distinct after finish
 	next   int      // length at which keys are made distinct
 	spaces map[string]bool
-	done   map[[16]byte]bool // chunks that were read, each with what stands before it
+	done   map[[16]byte]bool // chunks that were read, or are to do, each with what stands before it
+	todo   []piece
 }
 
 func newNeeded() *Needed {
@@ -97,7 +100,12 @@ func Collect(ctx context.Context, l Loader, list []*snapshot.Snapshot, sink prog
 	trees := map[id.ID]bool{} // folders with tars that were read
 	var failed error          // the others may still tell which replicas there are
 	for i, s := range list {
-		if err := n.snapshot(ctx, l, s, trees); err != nil {
+		err := n.snapshot(ctx, l, s, trees)
+		if err == nil {
+			err = n.read(ctx, l)
+		}
+		if err != nil {
+			n.todo = nil
 			if ctx.Err() != nil {
 				return nil, context.Cause(ctx)
 			}
@@ -183,14 +191,18 @@ func (n *Needed) store(ctx context.Context, l Loader, root id.ID, name string, t
 // recordLimit is more than the longest record of an object takes, in bytes: keys have up to 1024.
 const recordLimit = 2048
 
-// file reads the chunks of a tar that were not read before, in this or another tar, behind the same ones. The tars of
+// batch is how many chunks are asked for at a time, so that neighbours are read in one piece and others at once: 16 MiB
+// at most, and twice that with what stands before them.
+const batch = 32
+
+// piece is a chunk that was not read yet, the last one of ids, and those before it in which a record can begin.
+type piece []id.ID
+
+// file looks for the chunks of a tar that were not read before, in this or another tar, behind the same ones. The tars of
 // successive snapshots share all but a few.
 func (n *Needed) file(ctx context.Context, l Loader, node *snapshot.Node) error {
 	ids := node.Content
-	var buf, tail []byte
-	at := -1 // tail is what stands before this chunk
 	for i := range ids {
-		// From where a record that ends in this chunk can begin.
 		from, before := i, int64(0)
 		for from > 0 && before < recordLimit {
 			from--
@@ -205,23 +217,53 @@ func (n *Needed) file(ctx context.Context, l Loader, node *snapshot.Node) error 
 		if n.done[mark] {
 			continue
 		}
-		load := ids[i : i+1]
-		if at != i {
-			tail, load = tail[:0], ids[from:i+1]
-		}
-		for _, d := range load {
-			p, err := l.LoadBlob(ctx, repo.DataBlob, d, buf)
-			if err != nil {
-				return fmt.Errorf("%s: %w", node.Name, err)
-			}
-			buf = p
-			tail = append(tail, p...)
-		}
-		n.scan(tail)
-		tail = append(tail[:0], tail[max(0, len(tail)-recordLimit):]...)
-		at = i + 1
 		n.done[mark] = true
+		n.todo = append(n.todo, piece(ids[from:i+1]))
+		if len(n.todo) >= batch {
+			if err := n.read(ctx, l); err != nil {
+				return err
+			}
+		}
 	}
+	return nil
+}
+
+// read reads what is to do.
+func (n *Needed) read(ctx context.Context, l Loader) error {
+	if len(n.todo) == 0 {
+		return nil
+	}
+	have := map[id.ID][]byte{}
+	var want []id.ID
+	for _, p := range n.todo {
+		for _, d := range p {
+			if _, ok := have[d]; !ok {
+				have[d] = nil
+				want = append(want, d)
+			}
+		}
+	}
+	var mu sync.Mutex
+	err := l.LoadBlobs(ctx, repo.DataBlob, want, func(d id.ID, data []byte) error {
+		data = bytes.Clone(data)
+		mu.Lock()
+		have[d] = data
+		mu.Unlock()
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("read the archives of spaces: %w", err)
+	}
+	var buf []byte
+	for _, p := range n.todo {
+		buf = buf[:0]
+		for _, d := range p[:len(p)-1] {
+			buf = append(buf, have[d]...)
+		}
+		buf = append(buf[:0], buf[max(0, len(buf)-recordLimit):]...)
+		n.scan(append(buf, have[p[len(p)-1]]...))
+	}
+	n.todo = n.todo[:0]
 	return nil
 }
 
