@@ -214,6 +214,52 @@ func (x blobsIn) List(ctx context.Context, space string, fn func(consistency.Blo
 	})
 }
 
+// Others implements consistency.Blobs.
+func (x blobsIn) Others(ctx context.Context, known func(space string) bool, fn func(consistency.OtherObjects) error) error {
+	var folders []string
+	single := consistency.OtherObjects{}
+	count := func(into *consistency.OtherObjects) func(bucket.Object) error {
+		var mu sync.Mutex
+		return func(o bucket.Object) error {
+			mu.Lock()
+			defer mu.Unlock()
+			into.Objects++
+			into.Bytes += o.Size
+			if o.Modified.After(into.Newest) {
+				into.Newest = o.Modified
+			}
+			return nil
+		}
+	}
+	countSingle := count(&single)
+	err := x.b.Tops(ctx, func(o bucket.Object) error {
+		folder, ok := strings.CutSuffix(o.Key, "/")
+		if !ok {
+			return countSingle(o)
+		}
+		if !known(folder) {
+			folders = append(folders, folder)
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	for _, f := range folders {
+		o := consistency.OtherObjects{Folder: f}
+		if err := x.b.List(ctx, f+"/", count(&o)); err != nil {
+			return err
+		}
+		if err := fn(o); err != nil {
+			return err
+		}
+	}
+	if single.Objects > 0 {
+		return fn(single)
+	}
+	return nil
+}
+
 // Open implements consistency.Blobs.
 func (x blobsIn) Open(ctx context.Context, space, blob string) (io.ReadCloser, error) {
 	r, err := x.b.Get(ctx, bucket.Key(space, blob), "")

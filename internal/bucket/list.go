@@ -123,15 +123,16 @@ func (b *Bucket) versions(ctx context.Context, prefix string, fn func(Object) er
 	return nil
 }
 
-// Prefixes lists the first parts of all keys: "<space id>/", and the whole keys that have no slash.
-func (b *Bucket) Prefixes(ctx context.Context, fn func(prefix string) error) error {
+// Tops lists the first parts of all keys: "<space id>/", of which only the Key is set, and the objects whose
+// keys have no slash.
+func (b *Bucket) Tops(ctx context.Context, fn func(Object) error) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	for i := range b.cl.ListObjectsIter(ctx, b.cfg.Bucket, minio.ListObjectsOptions{}) {
 		if i.Err != nil {
 			return b.fail(ctx, "list objects", "", i.Err)
 		}
-		if err := fn(i.Key); err != nil {
+		if err := fn(object(&i)); err != nil {
 			return err
 		}
 	}

@@ -553,6 +553,15 @@ func TestBrokenBucket(t *testing.T) {
 		{"an object of nobody", func(b *breaker) {
 			b.write(filepath.Join(b.objects.dir, alan, ocis.NodePath(nowhere)), []byte("nobody's"))
 		}, []want{{consistency.BlobOrphaned, "/blobs/de/ad/be/ef/"}}},
+		{"objects of no space", func(b *breaker) {
+			b.write(filepath.Join(b.objects.dir, nowhere, ocis.NodePath(nowhere)), []byte("nobody's"))
+			b.undo = append(b.undo, func() { b.must(os.RemoveAll(filepath.Join(b.objects.dir, nowhere))) })
+		}, []want{{consistency.BlobOrphaned, "(bucket)/" + nowhere}}},
+		{"objects that a restore put aside", func(b *breaker) {
+			dir := filepath.Join(b.objects.dir, "holdfast-aside-20261126T120000Z")
+			b.write(filepath.Join(dir, nowhere, "x"), []byte("old"))
+			b.undo = append(b.undo, func() { b.must(os.RemoveAll(dir)) })
+		}, []want{{consistency.BlobOrphaned, "(bucket)/holdfast-aside-20261126T120000Z"}}},
 		{"an object that cannot be read", func(b *breaker) {
 			b.objects.bad = filepath.Base(b.object())
 			b.undo = append(b.undo, func() { b.objects.bad = "" })

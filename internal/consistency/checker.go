@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -108,7 +109,11 @@ func (c *checker) run(ctx context.Context, stores []Store) error {
 				return err
 			}
 		}
-		if err := emit(unit{st: st, found: c.restOf(st)}); err != nil {
+		others, err := c.others(ctx, st)
+		if err != nil {
+			return err
+		}
+		if err := emit(unit{st: st, found: append(c.restOf(st), others...)}); err != nil {
 			return err
 		}
 	}
@@ -186,7 +191,11 @@ func (c *checker) lookAgain(ctx context.Context, again []unit) error {
 			}
 			got[st][sp.ID] = res.findings
 		}
-		got[st][""] = second.restOf(n)
+		others, err := second.others(ctx, n)
+		if err != nil {
+			return err
+		}
+		got[st][""] = append(second.restOf(n), others...)
 	}
 	if c.shares.st != nil {
 		got[c.shares.st][""] = append(got[c.shares.st][""], second.shares.rest(second)...)
@@ -239,7 +248,7 @@ func (c *checker) emit(found []Finding) error {
 		}
 		switch f.Class {
 		case BlobOrphaned:
-			c.sum.Orphans++
+			c.sum.Orphans += max(f.count, 1)
 			c.sum.OrphanBytes += f.Bytes
 		case UploadInFlight:
 			c.sum.InFlight++
@@ -392,6 +401,45 @@ func (c *checker) restOf(st *storeCheck) []Finding {
 	}
 	return out
 }
+
+// others reports what the bucket of a store holds that belongs to no space.
+func (c *checker) others(ctx context.Context, st *storeCheck) ([]Finding, error) {
+	if !st.Remote || st.Blobs == nil {
+		return nil, nil
+	}
+	known := map[string]bool{}
+	for _, sp := range st.spaces {
+		known[sp.ID] = true
+	}
+	var out []Finding
+	err := st.Blobs.Others(ctx, func(space string) bool { return known[space] }, func(o OtherObjects) error {
+		n := fmt.Sprintf("%d objects", o.Objects)
+		if o.Objects == 1 {
+			n = "1 object"
+		}
+		what := "there is no such space: " + n + " that a purge left, or of another instance with the same bucket"
+		switch {
+		case strings.HasPrefix(o.Folder, asideKey):
+			what = n + " that a restore has put aside"
+		case o.Folder == "":
+			what = n + " in no folder, as instances from before May 2022 called them"
+		}
+		f := c.finding(st, BlobOrphaned, "(bucket)/"+o.Folder, what)
+		f.Bytes, f.count, f.same = o.Bytes, o.Objects, "folder"
+		if !o.Newest.IsZero() {
+			t := o.Newest.UTC()
+			f.Time = &t
+			f.Detail += "; the newest written " + age(c.o.Now.Sub(t)) + " ago"
+		}
+		out = append(out, f)
+		return nil
+	})
+	slices.SortFunc(out, func(a, b Finding) int { return strings.Compare(a.Path, b.Path) })
+	return out, err
+}
+
+// asideKey begins the keys of objects that a restore has put aside.
+const asideKey = "holdfast-aside-"
 
 func isGone(err error) bool { return errors.Is(err, fs.ErrNotExist) }
 

@@ -86,6 +86,8 @@ type Finding struct {
 	Bytes  int64      `json:"bytes,omitempty"`
 	Time   *time.Time `json:"time,omitempty"`
 	Detail string     `json:"detail"`
+	// count is how many blobs it speaks of; 0 is one.
+	count int64
 	// same is what must not differ between two looks at a running instance; "" is Detail.
 	same string
 }
@@ -94,8 +96,19 @@ type Finding struct {
 type Blobs interface {
 	// List calls fn for each blob of the space, one after the other in any order.
 	List(ctx context.Context, space string, fn func(BlobInfo) error) error
+	// Others calls fn for each folder of the bucket that is none of a known space, one after the other.
+	Others(ctx context.Context, known func(space string) bool, fn func(OtherObjects) error) error
 	// Open returns the content of a blob, or an error that is fs.ErrNotExist.
 	Open(ctx context.Context, space, blob string) (io.ReadCloser, error)
+}
+
+// OtherObjects are objects that belong to no space: what a purge left, of another instance that shares the
+// bucket, or what a restore put aside.
+type OtherObjects struct {
+	Folder  string // "" are objects in none
+	Objects int64
+	Bytes   int64
+	Newest  time.Time
 }
 
 // BlobInfo is what a bucket says of one blob.

@@ -52,6 +52,31 @@ func (b *bucket) List(_ context.Context, space string, fn func(consistency.BlobI
 	})
 }
 
+func (b *bucket) Others(_ context.Context, known func(string) bool, fn func(consistency.OtherObjects) error) error {
+	list, err := os.ReadDir(b.dir)
+	if err != nil {
+		return err
+	}
+	for _, d := range list {
+		if known(d.Name()) {
+			continue
+		}
+		o := consistency.OtherObjects{Folder: d.Name()}
+		err := b.List(context.Background(), d.Name(), func(i consistency.BlobInfo) error {
+			o.Objects++
+			o.Bytes += i.Size
+			return nil
+		})
+		if err == nil && o.Objects > 0 {
+			err = fn(o)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 func (b *bucket) Open(_ context.Context, space, blob string) (io.ReadCloser, error) {
 	if b.bad != "" && strings.HasSuffix(blob, b.bad) {
 		return nil, errors.New("the server is on fire")

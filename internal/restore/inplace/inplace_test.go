@@ -234,6 +234,10 @@ func (b objectFiles) List(_ context.Context, space string, fn func(consistency.B
 	return err
 }
 
+func (b objectFiles) Others(context.Context, func(string) bool, func(consistency.OtherObjects) error) error {
+	return nil
+}
+
 func (b objectFiles) Open(_ context.Context, space, blob string) (io.ReadCloser, error) {
 	return os.Open(filepath.Join(b.dir, space, ocis.NodePath(blob)))
 }
