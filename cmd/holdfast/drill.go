@@ -241,7 +241,7 @@ func drillText(r *drill.Report) []string {
 		out = append(out, fmt.Sprintf("Server %s: ready after %s; asked for %s, %s", ui.Quote(s.Version), seconds(s.StartSeconds),
 			ui.Count(asked, "space"), ui.Count(s.Differences, "difference")))
 	}
-	if v := s.Variables; v != nil {
+	if v := s.Variables; v != nil && s.NotRun == "" {
 		out = append(out, fmt.Sprintf("  with %s of the original; %d left out", ui.Count(int64(v.Used), "variable"), len(v.LeftOut)))
 	}
 	for _, x := range s.Spaces {
@@ -258,7 +258,11 @@ func drillText(r *drill.Report) []string {
 			out = append(out, "    note: "+ui.Clean(n))
 		}
 	}
-	return append(out, "A real restore to a place as fast as this one would take about "+seconds(r.RealSeconds))
+	took := "A real restore to a place as fast as this one would take about " + seconds(r.RealSeconds)
+	if r.Tested != "server" {
+		took += ", and what the server needs to start"
+	}
+	return append(out, took)
 }
 
 // reportKey is the key that must have signed: the one given, or that of this machine.

@@ -382,7 +382,13 @@ func startJail(c *jailConfig) (*jail, error) {
 	}()
 	if err := <-started; err != nil {
 		w.Close()
-		return fail(fmt.Errorf("no namespaces for the server: %w", err))
+		switch {
+		case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EUSERS):
+			err = fmt.Errorf("no more are allowed here, see user.max_user_namespaces (%w)", err)
+		case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
+			err = fmt.Errorf("the kernel, or a container around this program, does not allow them to this user (%w)", err)
+		}
+		return fail(fmt.Errorf("no namespaces for the server, without which it could reach others: %w", err))
 	}
 	j.proc = cmd.Process
 	err = json.NewEncoder(w).Encode(c)
