@@ -217,7 +217,8 @@ func (e *credentialsError) Hints() []string {
 func transient(err error) bool {
 	var r minio.ErrorResponse
 	if errors.As(err, &r) {
-		return r.StatusCode != http.StatusNotImplemented && (r.StatusCode >= 500 || r.StatusCode == http.StatusRequestTimeout || r.StatusCode == http.StatusTooManyRequests || r.Code == "SlowDown")
+		// BadRequest is no code of S3: a server under load took the end of one request for the next one.
+		return r.StatusCode != http.StatusNotImplemented && (r.StatusCode >= 500 || r.Code == "BadRequest" || r.StatusCode == http.StatusRequestTimeout || r.StatusCode == http.StatusTooManyRequests || r.Code == "SlowDown")
 	}
 	return true
 }
