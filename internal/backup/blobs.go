@@ -10,6 +10,7 @@ import (
 	"github.com/holdfast-backup/holdfast/internal/capture"
 	"github.com/holdfast-backup/holdfast/internal/ocis"
 	"github.com/holdfast-backup/holdfast/internal/replica"
+	"github.com/holdfast-backup/holdfast/internal/s3"
 	"github.com/holdfast-backup/holdfast/internal/snapshot"
 )
 
@@ -187,6 +188,9 @@ func (b *run) renewReplicas(ctx context.Context) {
 // allowed makes sure that the keys have the rights.
 func allowed(ctx context.Context, b *bucket.Bucket, rights ...bucket.Right) error {
 	for _, a := range b.CheckAccess(ctx, rights...) {
+		if errors.Is(a.Err, s3.ErrAccessDenied) {
+			return fmt.Errorf("the keys lack the right %s: %w", a.Right.Action(), a.Err)
+		}
 		if a.Err != nil {
 			return a.Err
 		}

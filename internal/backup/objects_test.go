@@ -928,6 +928,22 @@ func TestObjectsThroughBadTimes(t *testing.T) {
 	if after := countSnapshots(t, g.dir); after != before {
 		t.Errorf("%d snapshots, there were %d", after, before)
 	}
+	// Rights that are missing are named, before anything is read.
+	for deny, right := range map[string]string{"list": "s3:ListBucket", "head": "s3:GetObject"} {
+		c.before = func(w http.ResponseWriter, _ *http.Request, kind string) bool {
+			if kind != deny {
+				return false
+			}
+			w.Header().Set("Content-Type", "application/xml")
+			w.WriteHeader(http.StatusForbidden)
+			_, _ = io.WriteString(w, `<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>`)
+			return true
+		}
+		var be *backup.BucketError
+		if _, err := g.backUp(backup.Options{}); !errors.As(err, &be) || !strings.Contains(err.Error(), "lack the right "+right) || len(be.Hints()) == 0 {
+			t.Errorf("without %s: %v", right, err)
+		}
+	}
 	// Keys that the server does not know: the error says so, and does not say the keys.
 	c.before = func(w http.ResponseWriter, _ *http.Request, _ string) bool {
 		w.Header().Set("Content-Type", "application/xml")
