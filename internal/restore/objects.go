@@ -64,6 +64,9 @@ const (
 	// putRoom bounds what they hold in memory, in bytes: 64 MiB for their contents, of which one that is sent in
 	// parts has two of 16 MiB. What is read ahead of them comes on top.
 	putRoom, putMost = 64 << 20, 32 << 20
+	// putQueue is how many more may wait, so that the folders and files beside them are made meanwhile: an
+	// archive names its objects first. Each takes some 500 bytes.
+	putQueue = 32 << 10
 	// asideKey begins the keys of copies of what was replaced. No space has such an id.
 	asideKey = "holdfast-aside-"
 )
@@ -121,13 +124,15 @@ func (p *Plan) has(store string) bool {
 
 // objectStore is one store with objects during a run.
 type objectStore struct {
-	o    *Objects
-	r    *run
-	d    *dest
-	from bool // the blobs lay in a bucket
-	res  *BucketResult
-	puts errgroup.Group
-	room *semaphore.Weighted // of putRoom
+	o     *Objects
+	r     *run
+	d     *dest
+	from  bool // the blobs lay in a bucket
+	res   *BucketResult
+	once  sync.Once
+	queue chan *job
+	puts  errgroup.Group      // who empties the queue
+	room  *semaphore.Weighted // of putRoom
 	// versions: the destination keeps what is replaced.
 	versions bool
 
@@ -156,8 +161,7 @@ func (r *run) objectsOf(p *Plan, t *Target, d *dest) *objectStore {
 			s.from = m.Bucket != nil
 		}
 	}
-	s.puts.SetLimit(putsAtOnce)
-	s.room = semaphore.NewWeighted(putRoom)
+	s.queue, s.room = make(chan *job, putQueue), semaphore.NewWeighted(putRoom)
 	if o.Dest == nil {
 		return s
 	}
@@ -422,30 +426,51 @@ type objectPut struct {
 	looked bool
 }
 
-// put compares and writes in the background. It returns an error only if the run cannot go on.
+// put has it compared and written in the background. It returns an error only if the run cannot go on.
 func (o *objectPut) put(j *job) error {
 	if o.s.r.ctx.Err() != nil {
 		return o.s.r.cause()
 	}
-	o.s.puts.Go(func() error {
-		need := min(j.size, putMost)
-		if err := o.s.room.Acquire(o.s.r.ctx, need); err != nil {
-			return o.s.r.cause()
+	s := o.s
+	s.once.Do(func() {
+		for range putsAtOnce {
+			s.puts.Go(func() (first error) {
+				for j := range s.queue {
+					// The queue is emptied also after an error, or the reader of the archive would wait for ever.
+					if err := s.putNow(j); first == nil {
+						first = err
+					}
+				}
+				return first
+			})
 		}
-		defer o.s.room.Release(need)
-		err := o.do(j)
-		var be *bucket.Error
-		switch {
-		case err == nil:
-			return nil
-		case o.s.r.ctx.Err() != nil:
-			return o.s.r.cause()
-		case errors.As(err, &be):
-			return o.s.stop(err)
-		}
-		return j.d.fail(j.from, j.rel, fmt.Errorf("object %q: %w", o.key, err))
 	})
-	return nil
+	select {
+	case s.queue <- j:
+		return nil
+	case <-s.r.ctx.Done():
+		return s.r.cause()
+	}
+}
+
+func (s *objectStore) putNow(j *job) error {
+	o := j.object
+	need := min(j.size, putMost)
+	if err := s.room.Acquire(s.r.ctx, need); err != nil {
+		return s.r.cause()
+	}
+	defer s.room.Release(need)
+	err := o.do(j)
+	var be *bucket.Error
+	switch {
+	case err == nil:
+		return nil
+	case s.r.ctx.Err() != nil:
+		return s.r.cause()
+	case errors.As(err, &be):
+		return s.stop(err)
+	}
+	return j.d.fail(j.from, j.rel, fmt.Errorf("object %q: %w", o.key, err))
 }
 
 func (o *objectPut) do(j *job) error {
@@ -598,6 +623,7 @@ func (s *objectStore) finish(ok bool) error {
 	if s == nil {
 		return nil
 	}
+	close(s.queue)
 	if err := s.puts.Wait(); err != nil || !ok {
 		return err
 	}

@@ -96,11 +96,31 @@ func Command(dir string, env []string, name string, args ...string) (Cost, strin
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
 	start := time.Now()
-	err := cmd.Run()
-	c := Cost{Wall: time.Since(start)}
+	err := cmd.Start()
+	var peak int64
+	var took time.Duration
+	if err == nil {
+		over, polled := make(chan struct{}), make(chan struct{})
+		go func() {
+			defer close(polled)
+			for {
+				peak = max(peak, highWater(cmd.Process.Pid))
+				select {
+				case <-over:
+					return
+				case <-time.After(10 * time.Millisecond):
+				}
+			}
+		}()
+		err = cmd.Wait()
+		took = time.Since(start)
+		close(over)
+		<-polled
+	}
+	c := Cost{Wall: took, Peak: peak}
 	if s := cmd.ProcessState; s != nil {
 		c.User, c.System = s.UserTime(), s.SystemTime()
-		if u, ok := s.SysUsage().(*syscall.Rusage); ok {
+		if u, ok := s.SysUsage().(*syscall.Rusage); ok && peak == 0 {
 			c.Peak = u.Maxrss << 10 // Linux counts in KiB
 		}
 	}
@@ -112,6 +132,25 @@ func Command(dir string, env []string, name string, args ...string) (Cost, strin
 		return c, out.String(), &ExitError{Command: filepath.Base(name) + " " + strings.Join(args, " "), Output: text, Err: err}
 	}
 	return c, out.String(), nil
+}
+
+// highWater is the most memory that a process had so far, in bytes; 0 if it is gone. What the kernel tells of a
+// process that has ended is never less than what the one that started it had, which may be a lot here.
+func highWater(pid int) int64 {
+	data, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/status")
+	if err != nil {
+		return 0
+	}
+	for line := range strings.SplitSeq(string(data), "\n") {
+		if v, ok := strings.CutPrefix(line, "VmHWM:"); ok {
+			kib, err := strconv.ParseInt(strings.TrimSpace(strings.TrimSuffix(strings.TrimSpace(v), "kB")), 10, 64)
+			if err != nil {
+				return 0
+			}
+			return kib << 10
+		}
+	}
+	return 0
 }
 
 // Func runs fn in this process.
