@@ -187,6 +187,17 @@ func (r *run) close() {
 	}
 }
 
+// clear makes the folder for what is being built, and removes from it what an earlier run left at rel.
+func (r *run) clear(rel string) error {
+	if err := r.plain(rel); err != nil {
+		return err
+	}
+	if err := r.root.MkdirAll(path.Dir(rel), 0o700); err != nil {
+		return err
+	}
+	return r.root.RemoveAll(rel)
+}
+
 // step is called before each change on disk; tests end the process there.
 var step = func() {}
 
@@ -535,6 +546,9 @@ func (r *run) moveAside(rel string) error {
 		// pass it over.
 		r.asideName = r.asideStem + r.o.Now.UTC().Format("20060102T150405Z")
 		if err := r.root.Mkdir(r.asideName, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+			return err
+		}
+		if err := r.plain(r.asideName + "/x"); err != nil {
 			return err
 		}
 		r.res.Aside = r.abs(r.asideName)

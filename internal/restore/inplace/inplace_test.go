@@ -673,6 +673,17 @@ func inPlace(t *testing.T, w *world) {
 				t.Errorf("%s: written through the link: %v, %v", part, list, err)
 			}
 		}
+		// Where half of a space is removed before it is built anew.
+		s := w.scene(t)
+		kept := filepath.Join(s.users(), "uploads", alan)
+		s.must(os.MkdirAll(kept, 0o755))
+		s.must(os.Symlink("uploads", filepath.Join(s.users(), inplace.JournalDir)))
+		if _, err := s.run("", ""); !errors.Is(err, inplace.ErrPlanted) {
+			t.Error(err)
+		}
+		if _, err := os.Stat(kept); err != nil {
+			t.Error(err)
+		}
 	})
 	t.Run("a space over a newer one", func(t *testing.T) {
 		s := w.scene(t)

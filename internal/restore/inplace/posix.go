@@ -363,10 +363,10 @@ func (r *run) posixPart() error {
 		return nil
 	}
 	stage := r.work + "/" + r.t.Space.ID
-	if err := r.root.RemoveAll(stage); err != nil { // of a run that was killed
+	if err := r.clear(stage); err != nil { // of a run that was killed
 		return err
 	}
-	if err := r.root.MkdirAll(stage, 0o700); err != nil {
+	if err := r.root.Mkdir(stage, 0o700); err != nil {
 		return err
 	}
 	if err := r.posixBuild(stage, pieces); err != nil {
@@ -751,10 +751,7 @@ func (r *run) posixFolder(dir, at, up string) error {
 		}
 		// Made aside, so that nobody sees it without its attributes.
 		tmp := r.work + "/" + r.t.Space.ID + ".folder"
-		if err := r.root.RemoveAll(tmp); err != nil {
-			return err
-		}
-		if err := r.root.MkdirAll(r.work, 0o700); err != nil {
+		if err := r.clear(tmp); err != nil {
 			return err
 		}
 		if err := r.put(h, tmp, nil); err != nil {

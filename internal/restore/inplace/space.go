@@ -27,10 +27,7 @@ func (r *run) space() error {
 	staging := r.work + "/" + r.t.Space.ID
 	if !r.o.DryRun {
 		// Half of a space that a killed run left is nothing that anybody could miss.
-		if err := r.root.RemoveAll(staging); err != nil {
-			return err
-		}
-		if err := r.root.MkdirAll(r.work, 0o700); err != nil {
+		if err := r.clear(staging); err != nil {
 			return err
 		}
 	}
