@@ -8,6 +8,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"errors"
+	"io"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -57,11 +58,39 @@ func Unpack(t testing.TB, name string) *Instance {
 	return i
 }
 
+// UnpackVersioned unpacks the spaces of alan and mary of the sample instance with a bucket, which keeps versions.
+func UnpackVersioned(t testing.TB) *Instance {
+	t.Helper()
+	i := &Instance{Dir: testfixture.Unpack(t, testfixture.OCISWithS3Blobs), server: s3test.Start(t, s3test.Options{Versioning: true})}
+	i.Objects = filepath.Join(i.server.Dir, i.server.Bucket(t, true, false))
+	i.find(t)
+	b, top := i.Bucket(t), filepath.Join(i.Dir, "bucket")
+	for _, space := range []string{alan, mary} {
+		err := filepath.WalkDir(filepath.Join(top, space), func(p string, d fs.DirEntry, err error) error {
+			if err != nil || d.IsDir() {
+				return err
+			}
+			fi, err := d.Info()
+			if err != nil {
+				return err
+			}
+			_, err = b.Put(t.Context(), strings.TrimPrefix(p, top+"/"), fi.Size(), func() (io.ReadCloser, error) { return os.Open(p) })
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	i.Trim(t)
+	return i
+}
+
+const alan, mary = "b1f74ec4-dd7e-11ef-a543-03775734d0f7", "056fc874-dd7f-11ef-ba84-af6fca4b7289"
+
 // Trim leaves of the instance the spaces of alan and mary, the system storage, and the data sets that are named:
 // what is small is quick to capture, to copy and to compare.
 func (i *Instance) Trim(t testing.TB, sets ...string) {
 	t.Helper()
-	const alan, mary = "b1f74ec4-dd7e-11ef-a543-03775734d0f7", "056fc874-dd7f-11ef-ba84-af6fca4b7289"
 	i.DataSets = slices.DeleteFunc(i.DataSets, func(d ocis.DataSet) bool { return d.Store == "" && !slices.Contains(sets, d.Name) })
 	data, users := filepath.Join(i.Dir, "data"), i.Store("users").Root
 	for pattern, keep := range map[string][]string{
@@ -210,9 +239,15 @@ func NewRepo(t testing.TB) *repo.Repository {
 // Backup captures an instance and saves its record.
 func Backup(t testing.TB, r *repo.Repository, i *Instance, at time.Time) *snapshot.Snapshot {
 	t.Helper()
+	return BackupWay(t, r, i, at, snapshot.WayCopy)
+}
+
+// BackupWay is Backup with a way to secure the blobs of a bucket.
+func BackupWay(t testing.TB, r *repo.Repository, i *Instance, at time.Time, way string) *snapshot.Snapshot {
+	t.Helper()
 	o := capture.Options{Instance: i.Instance}
 	if b := i.Bucket(t); b != nil {
-		o.Objects = map[string]*capture.Objects{"users": {Way: snapshot.WayCopy, Source: b}}
+		o.Objects = map[string]*capture.Objects{"users": {Way: way, Source: b}}
 	}
 	w := r.NewWriter(t.Context())
 	res, err := capture.Run(t.Context(), r, w, o)

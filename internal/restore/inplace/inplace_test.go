@@ -1,6 +1,7 @@
 package inplace_test
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -18,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-backup/holdfast/internal/browse/browsetest"
+	"github.com/holdfast-backup/holdfast/internal/bucket"
 	"github.com/holdfast-backup/holdfast/internal/consistency"
 	"github.com/holdfast-backup/holdfast/internal/ocis"
 	"github.com/holdfast-backup/holdfast/internal/repo"
@@ -43,11 +45,15 @@ type world struct {
 
 func newWorld(t *testing.T, name string) *world {
 	t.Helper()
-	w := &world{inst: browsetest.Unpack(t, name), r: browsetest.NewRepo(t)}
-	w.inst.Trim(t)
-	w.dir = w.inst.Dir
-	sn := browsetest.Backup(t, w.r, w.inst, time.Now())
-	w.tree, w.pre = *sn.Tree, w.inst.Store("users").Prefix
+	inst := browsetest.Unpack(t, name)
+	inst.Trim(t)
+	return worldOf(t, inst, snapshot.WayCopy)
+}
+
+func worldOf(t *testing.T, inst *browsetest.Instance, way string) *world {
+	t.Helper()
+	w := &world{inst: inst, dir: inst.Dir, r: browsetest.NewRepo(t), pre: inst.Store("users").Prefix}
+	w.tree = *browsetest.BackupWay(t, w.r, inst, time.Now(), way).Tree
 	var err error
 	if w.m, err = snapshot.LoadManifest(t.Context(), w.r, w.tree); err != nil {
 		t.Fatal(err)
@@ -164,6 +170,9 @@ func (s *scene) run(node, key string) (*inplace.Result, error) {
 	}
 	if b := s.now.Bucket(s.t); b != nil {
 		o.Objects = &inplace.Objects{Dest: b}
+		if s.m.Stores[0].Bucket.Way == snapshot.WayVersions {
+			o.Objects.Source = b
+		}
 	}
 	return inplace.Run(s.t.Context(), s.r, s.tree, s.target(node, key), o)
 }
@@ -766,6 +775,41 @@ func inPlace(t *testing.T, w *world) {
 			t.Error(err)
 		}
 	})
+}
+
+// TestVersions: contents that are in no repository come from the versions that the bucket has kept.
+func TestVersions(t *testing.T) {
+	w := worldOf(t, browsetest.UnpackVersioned(t), snapshot.WayVersions)
+	s := &scene{world: w, t: t, now: w.inst, data: filepath.Join(w.dir, "data")}
+	b := w.inst.Bucket(t)
+	file, gone := s.find("Round 0/dup1.bin"), s.find("Round 0/renamed.bin")
+	want, err := os.ReadFile(s.blob(s.attr(file, "blobid")))
+	s.must(err)
+	key := func(node string) string { return bucket.Key(alan, s.attr(node, "blobid")) }
+	_, err = b.Put(t.Context(), key(file), 5, func() (io.ReadCloser, error) { return io.NopCloser(strings.NewReader("other")), nil })
+	s.must(err)
+	s.must(b.Remove(t.Context(), key(gone), ""))
+	for _, node := range []string{file, gone} {
+		res, err := s.run(node, node)
+		if err != nil || res.Blobs != 1 {
+			t.Errorf("%+v, %v", res, err)
+		}
+		if got, err := os.ReadFile(s.blob(s.attr(node, "blobid"))); err != nil || !bytes.Equal(got, want) { // two files of one content
+			t.Errorf("%d bytes, %v", len(got), err)
+		}
+		if res, err := s.run(node, node); err != nil || res.Blobs != 0 || res.Unchanged != 1 {
+			t.Errorf("the second time: %+v, %v", res, err)
+		}
+	}
+	// What a bucket has lost for good.
+	list, err := b.Versions(t.Context(), key(gone))
+	s.must(err)
+	for _, v := range list {
+		s.must(b.Remove(t.Context(), key(gone), v.VersionID))
+	}
+	if _, err := s.run(gone, gone); err == nil || !strings.Contains(err.Error(), "is no longer in") {
+		t.Error(err)
+	}
 }
 
 // TestKilled: wherever the process ends, nothing is damaged, and the next run finishes.
