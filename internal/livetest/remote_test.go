@@ -302,17 +302,14 @@ func TestSecretsStaySecret(t *testing.T) {
 		initOn(t, local.New(dir), repoPassword)
 	}
 
-	// The server's settings, with the keys of its bucket; and ours, as the AWS tools take them.
-	private := t.TempDir()
-	serverEnv, profile := filepath.Join(private, "server.env"), filepath.Join(private, "credentials")
-	for file, text := range map[string]string{
-		serverEnv: "STORAGE_USERS_DRIVER=s3ng\nSTORAGE_USERS_DECOMPOSEDS3_ENDPOINT=" + p.URL + "\nSTORAGE_USERS_DECOMPOSEDS3_REGION=" + srv.Region +
-			"\nSTORAGE_USERS_DECOMPOSEDS3_BUCKET=" + blobs + "\nSTORAGE_USERS_DECOMPOSEDS3_ACCESS_KEY=" + srv.AccessKey + "\nSTORAGE_USERS_DECOMPOSEDS3_SECRET_KEY=" + srv.SecretKey + "\n",
-		profile: "[default]\naws_access_key_id = " + srv.AccessKey + "\naws_secret_access_key = " + srv.SecretKey + "\n",
-	} {
-		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
+	// The server's settings, with the keys of its bucket.
+	serverEnv := filepath.Join(t.TempDir(), "server.env")
+	settings := "STORAGE_USERS_DRIVER=s3ng\n"
+	for name, value := range map[string]string{"ENDPOINT": p.URL, "REGION": srv.Region, "BUCKET": blobs, "ACCESS_KEY": srv.AccessKey, "SECRET_KEY": srv.SecretKey} {
+		settings += "STORAGE_USERS_DECOMPOSEDS3_" + name + "=" + value + "\n"
+	}
+	if err := os.WriteFile(serverEnv, []byte(settings), 0o600); err != nil {
+		t.Fatal(err)
 	}
 	f := newFar(t, append(srv.Env(), "HOLDFAST_PASSWORD="+repoPassword, "HOLDFAST_VERBOSE=true",
 		"RESTIC_REST_USERNAME=me", "RESTIC_REST_PASSWORD="+restPassword, "RCLONE_CONFIG="+filepath.Join(t.TempDir(), "rclone.conf"),
@@ -321,11 +318,11 @@ func TestSecretsStaySecret(t *testing.T) {
 	if err := os.CopyFS(f.tmp, os.DirFS(ssh.Home)); err != nil {
 		t.Fatal(err)
 	}
-	// A helper program looks for itself before it becomes what it shall be.
+	// A helper program looks for itself before it becomes what it shall be, also at what it was given.
 	seen := filepath.Join(f.tmp, "seen")
-	helper := func(name, text string) string {
+	helper := func(name, text string, env ...string) string {
 		file := filepath.Join(f.tmp, name)
-		if err := os.WriteFile(file, []byte("#!/bin/sh\ncat /proc/[0-9]*/cmdline >>"+seen+" 2>/dev/null\n"+text+"\n"), 0o700); err != nil {
+		if err := os.WriteFile(file, []byte("#!/bin/sh\n{ cat /proc/[0-9]*/cmdline; "+strings.Join(append([]string{"env"}, env...), " | ")+"; } >>"+seen+" 2>/dev/null\n"+text+"\n"), 0o700); err != nil {
 			t.Fatal(err)
 		}
 		return file
@@ -360,7 +357,7 @@ func TestSecretsStaySecret(t *testing.T) {
 
 	// As it should be. A stop gives a moment with the guard and its record.
 	stop := helper("stop", "cp -r "+filepath.Join(f.tmp, "state")+" "+filepath.Join(f.tmp, "state-then"))
-	run(false, "", s3("HOLDFAST_FREEZE=command", "AWS_ACCESS_KEY_ID=", "AWS_SECRET_ACCESS_KEY=", "AWS_SHARED_CREDENTIALS_FILE="+profile), "backup", "--stop-command", stop, "--start-command", "true")
+	run(false, "", s3("HOLDFAST_FREEZE=command"), "backup", "--stop-command", stop, "--start-command", "true")
 	run(false, "", s3(), "backup", "--json")
 	run(false, "", s3(), "discover")
 	run(false, "", s3(), "check")
@@ -405,7 +402,8 @@ func TestSecretsStaySecret(t *testing.T) {
 	}
 	run(true, "", sftp, "snapshots")
 
-	rclone := at("rclone::local:"+atRclone, "HOLDFAST_RCLONE_PROGRAM="+helper("rclone", `exec rclone "$@"`))
+	// rclone takes keys of S3 from the environment, too.
+	rclone := at("rclone::local:"+atRclone, "HOLDFAST_RCLONE_PROGRAM="+helper("rclone", `exec rclone "$@"`, "grep -v ^AWS_"))
 	run(false, "", rclone, "snapshots")
 	run(true, "", append(rclone, "HOLDFAST_REPOSITORY=rclone:unknown:"+atRclone), "snapshots")
 
