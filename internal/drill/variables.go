@@ -10,6 +10,7 @@ import (
 
 	"github.com/holdfast-backup/holdfast/internal/browse"
 	"github.com/holdfast-backup/holdfast/internal/discover"
+	"github.com/holdfast-backup/holdfast/internal/ocis"
 	"github.com/holdfast-backup/holdfast/internal/repo"
 	"github.com/holdfast-backup/holdfast/internal/snapshot"
 )
@@ -38,10 +39,10 @@ var (
 )
 
 // scratchVariables takes of an instance's variables what the server needs to read its data: ids, secrets
-// of its own, and how it is to behave.
+// of its own, and how it is to behave. What is not the product's own is not believed to be so.
 func scratchVariables(vars []discover.Var) (env []string, left []string) {
 	for _, v := range vars {
-		if !always.MatchString(v.Name) && (services.MatchString(v.Name) || outward.MatchString(v.Name) || elsewhere.MatchString(v.Name)) {
+		if !ocis.IsVariable(v.Name) || !always.MatchString(v.Name) && (services.MatchString(v.Name) || outward.MatchString(v.Name) || elsewhere.MatchString(v.Name)) {
 			left = append(left, v.Name)
 			continue
 		}
