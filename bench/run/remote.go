@@ -495,7 +495,7 @@ func (r *remote) report() string {
 		fmt.Fprintf(&w, " %s", r.o.note)
 	}
 	fmt.Fprintf(&w, "\n\nThe link is a proxy on loopback: %g Mbit/s in each direction for all connections together, %s for each byte in each direction, so that a\n"+
-		"round trip takes %s. Behind it is versitygw, over HTTP. Two stores have the same %s, which cannot be compressed: %s blobs of %s, and %s of %s.\n"+
+		"round trip takes %s. Behind it is versitygw, over HTTP, on the same processors and the same disk. Two stores have the same %s, which cannot be compressed: %s blobs of %s, and %s of %s.\n"+
 		"Times are those of whole programs. Share of the link is bytes over the link by time and bandwidth. Median of %s, lowest and highest in brackets.\n\n",
 		mbit, r.o.latency, 2*r.o.latency, measure.Size(int64(r.o.bytes)),
 		thousands(int64(max(1, int(r.o.bytes)/largeBlob))), measure.Size(int64(r.o.bytes)/int64(max(1, int(r.o.bytes)/largeBlob))),
@@ -524,6 +524,7 @@ func (r *remote) report() string {
 			}
 		}
 	}
+	w.WriteString("\nA file of users is some 14 entries of the store beside its blob; restores make them on the disk where the server keeps its objects, too.\n")
 	if len(r.many) == 2 {
 		fmt.Fprintf(&w, "\nA bucket in which, besides the blobs, are %s objects that nothing refers to (a server that makes up their listing; no link):\n\n"+
 			"| run | wall s | user + system CPU s | peak memory | listings | objects read |\n|---|---:|---:|---:|---:|---:|\n", thousands(int64(r.o.objects)))
