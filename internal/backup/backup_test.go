@@ -181,6 +181,7 @@ func clean(t *testing.T, dir string) {
 }
 
 func TestFixturesComeBackExactly(t *testing.T) {
+	t.Parallel()
 	for _, name := range []string{"ocis-posix", "opencloud-posix", "opencloud-posixfs"} {
 		t.Run(name, func(t *testing.T) {
 			source := testfixture.Unpack(t, name)
@@ -330,6 +331,7 @@ func runChild(t *testing.T, dir, source, killAt string, after time.Duration) boo
 
 // TestKilledAtRandomPoints kills backups at 20 random moments.
 func TestKilledAtRandomPoints(t *testing.T) {
+	t.Parallel()
 	source := testfixture.Unpack(t, "opencloud-posix")
 	dir := filepath.Join(t.TempDir(), "repo")
 	be := local.New(dir)
@@ -366,6 +368,7 @@ func TestKilledAtRandomPoints(t *testing.T) {
 // TestFaults breaks every operation that a backup needs on every kind of file in every way. A backup either says
 // so and leaves no snapshot, or it is good; the earlier one is good in any case.
 func TestFaults(t *testing.T) {
+	t.Parallel()
 	source := testfixture.Unpack(t, "opencloud-posixfs")
 	dir := filepath.Join(t.TempDir(), "repo")
 	plain := local.New(dir)

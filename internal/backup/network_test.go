@@ -69,6 +69,7 @@ func (g *rig) openHasty(endpoint, name string) *bucket.Bucket {
 // TestInstanceBehindABadNetwork breaks every request that a backup makes to the instance's bucket, in every
 // way: once, which must not matter, and for good, which must end the backup without a snapshot.
 func TestInstanceBehindABadNetwork(t *testing.T) {
+	t.Parallel()
 	g := newRig(t, s3test.Options{})
 	p := s3test.NewProxy(t, g.srv.Endpoint)
 	g.inst = g.discover(g.source, p.URL)
@@ -149,6 +150,7 @@ func TestInstanceBehindABadNetwork(t *testing.T) {
 
 // TestObjectsLostBetweenListAndGet deletes objects when the listing that names them is on its way.
 func TestObjectsLostBetweenListAndGet(t *testing.T) {
+	t.Parallel()
 	g := newRig(t, s3test.Options{})
 	p := s3test.NewProxy(t, g.srv.Endpoint)
 	g.inst = g.discover(g.source, p.URL)
@@ -238,6 +240,7 @@ func (g *rig) remote(endpoint, name string) backend.Backend {
 
 // TestRepositoryBehindABadNetwork is the same for the requests to the repository.
 func TestRepositoryBehindABadNetwork(t *testing.T) {
+	t.Parallel()
 	g := newRig(t, s3test.Options{})
 	p := s3test.NewProxy(t, g.srv.Endpoint)
 	name := g.srv.Bucket(t, false, false)

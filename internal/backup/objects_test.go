@@ -552,6 +552,7 @@ func whole(t *testing.T, rep *verify.Report) {
 }
 
 func TestObjectsInAReplica(t *testing.T) {
+	t.Parallel()
 	g := newRig(t, s3test.Options{})
 	name := g.srv.Bucket(t, false, false)
 	way := backup.Options{Blobs: backup.BlobOptions{Way: snapshot.WayReplica, Replica: bucket.Config{Bucket: name}}}
@@ -607,6 +608,7 @@ func TestObjectsInAReplica(t *testing.T) {
 }
 
 func TestObjectsByVersions(t *testing.T) {
+	t.Parallel()
 	g := newRig(t, s3test.Options{Versioning: true})
 	way := backup.Options{Blobs: backup.BlobOptions{Way: snapshot.WayVersions, LockFor: 24 * time.Hour}}
 	res := g.mustBackUp(way)
@@ -674,6 +676,7 @@ func TestObjectsByVersions(t *testing.T) {
 // TestRulesThatExpireVersions: a rule of the bucket's life cycle that would take away what is pinned ends the backup
 // before it begins; one that concerns something else does not.
 func TestRulesThatExpireVersions(t *testing.T) {
+	t.Parallel()
 	g := newRig(t, s3test.Options{Versioning: true})
 	space, _, _ := strings.Cut(slices.Sorted(maps.Keys(g.want()))[0], "/")
 	var rule string
@@ -756,6 +759,7 @@ func (g *rig) former(blob, space string) {
 // TestFormerNames: instances from before May 2022 have objects that are named by the blob alone. Each way finds them, and a
 // restore gives them the same names, because the server looks for them there.
 func TestFormerNames(t *testing.T) {
+	t.Parallel()
 	g := newRig(t, s3test.Options{})
 	want := g.want()
 	for i, key := range slices.Sorted(maps.Keys(want)) {
@@ -867,6 +871,7 @@ func TestObjectsThatNothingRefersTo(t *testing.T) {
 
 // TestObjectsThroughBadTimes: a server that is busy, connections that break, objects that go away.
 func TestObjectsThroughBadTimes(t *testing.T) {
+	t.Parallel()
 	g := newRig(t, s3test.Options{})
 	keys := slices.Sorted(maps.Keys(g.want()))
 	object := "/" + g.bucket + "/" + keys[5]

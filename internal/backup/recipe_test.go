@@ -14,6 +14,7 @@ import (
 // TestRecipeOfTheSnapshotWorks follows the README that lies in every snapshot: the stores of an instance
 // come back with nothing but restic, tar and the lines of Python that stand there.
 func TestRecipeOfTheSnapshotWorks(t *testing.T) {
+	t.Parallel()
 	for _, name := range []string{"opencloud-posix", "opencloud-posixfs"} {
 		t.Run(name, func(t *testing.T) {
 			source := testfixture.Unpack(t, name)

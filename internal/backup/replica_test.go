@@ -161,6 +161,7 @@ func spare(n int) (keys []string) {
 }
 
 func TestReplicaGivesBackWhatNoSnapshotNeeds(t *testing.T) {
+	t.Parallel()
 	g := newRig(t, s3test.Options{})
 	name := g.srv.Bucket(t, false, false)
 	b := g.open(name)
@@ -311,6 +312,7 @@ func (f *failing) LoadBlobs(ctx context.Context, bt repo.BlobType, ids []id.ID, 
 
 // TestReplicaOfSeveralIsLeftAlone: nobody but a repository itself knows what it needs.
 func TestReplicaOfSeveralIsLeftAlone(t *testing.T) {
+	t.Parallel()
 	g := newRig(t, s3test.Options{})
 	name := g.srv.Bucket(t, false, false)
 	b := g.open(name)
@@ -453,6 +455,7 @@ func (g *rig) otherMarker(name, own string) string {
 // TestReplicaThroughBadTimes: what cannot be removed is told, a kill in the middle leaves nothing undone, and a lock that
 // is lost ends it.
 func TestReplicaThroughBadTimes(t *testing.T) {
+	t.Parallel()
 	g := newRig(t, s3test.Options{})
 	name := g.srv.Bucket(t, false, false)
 	g.mustBackUp(toReplica(name))

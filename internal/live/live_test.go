@@ -332,7 +332,6 @@ func TestResume(t *testing.T) {
 		}
 		_, err := live.Run(ctx, o)
 		cancel(nil)
-		s.Fault = nil
 		res := run(t, o)
 		sameTree(t, contents(s, home), restored)
 		if res.ProblemCount != 0 {
@@ -381,7 +380,6 @@ func TestSession(t *testing.T) {
 	if st, _ := list[0].Info(); st.Mode() != fs.FileMode(0o600) {
 		t.Errorf("mode %v", st.Mode())
 	}
-	s.Fault = nil
 	before := s.Count("PATCH")
 	run(t, o)
 	sameTree(t, contents(s, home), map[string]string{"": "/", "big": src.files["big"]})

@@ -57,12 +57,14 @@ func TheEngine(t testing.TB) *Engine {
 	return engine.e
 }
 
-// StopEngine ends the engine, if it was started, and tells what it left behind.
+// StopEngine ends the engine, if it was started, removes the server that was built for it, and tells what
+// was left behind. It comes after all tests.
 func StopEngine() error {
-	if engine.e == nil {
-		return nil
+	var err error
+	if engine.e != nil {
+		err = engine.e.stop()
 	}
-	return engine.e.stop()
+	return errors.Join(err, os.RemoveAll(build.dir))
 }
 
 func startEngine(bin string) (e *Engine, err error) {
