@@ -102,10 +102,15 @@ func (p *places) startContainer(ctx context.Context, r *repo.Repository, view *b
 		return x, "", nil
 	}
 	if x.net, err = os.Open(fmt.Sprintf("/proc/%d/ns/net", k.State.Pid)); err != nil {
-		if k, err := c.Inspect(ctx, x.id); err == nil && !k.State.Running {
+		openErr := err
+		select { // of a process that has just ended the engine learns a moment later
+		case <-x.over:
 			return x, "", nil
+		case <-ctx.Done():
+			return nil, "", context.Cause(ctx)
+		case <-time.After(endSeen):
 		}
-		return nil, fmt.Sprintf("the container's network cannot be entered; does the Docker engine run on another machine? (%v)", err), nil
+		return nil, fmt.Sprintf("the container's network cannot be entered; does the Docker engine run on another machine? (%v)", openErr), nil
 	}
 	if same, err := sameNetwork(x.net); err != nil || same {
 		return nil, fmt.Sprintf("the container has no network of its own (%v)", err), nil
@@ -120,6 +125,9 @@ func findImage(ctx context.Context, c *docker.Client, name string) (*docker.Imag
 	}
 	return image, err
 }
+
+// endSeen is how long an engine may take to learn that the process of a container has ended.
+const endSeen = 5 * time.Second
 
 // sameNetwork tells whether a network namespace is ours.
 func sameNetwork(f *os.File) (bool, error) {
