@@ -101,7 +101,7 @@ func (a *app) spaces(ctx context.Context, r *repo.Repository, what string) error
 		cells = append(cells, rows[i].cells())
 	}
 	if !a.ui.JSON() && len(cells) > 0 {
-		a.ui.Text(ui.Table([]string{"Space", "Name", "Owner", "Members", ">Files", ">Size", "Last change", ""}, cells)...)
+		a.ui.Text(ui.Table([]string{"Space", "Kind", "Name", "Owner", "Members", ">Files", ">Size", "Last change", ""}, cells)...)
 	}
 	return nil
 }
@@ -162,7 +162,7 @@ func (r *spaceRow) cells() []string {
 		state = "disabled"
 	}
 	return []string{
-		ui.Quote(r.Address), quoteOrBlank(r.Name), quoteOrBlank(r.Owner), strings.Join(names, ", "),
+		ui.Quote(r.Address), quoteOrBlank(r.Kind), quoteOrBlank(r.Name), quoteOrBlank(r.Owner), strings.Join(names, ", "),
 		strconv.FormatInt(r.Files, 10), ui.Bytes(r.Bytes), last, state,
 	}
 }
