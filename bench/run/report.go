@@ -162,7 +162,7 @@ func machine(dir string) machineInfo {
 	}
 	var u unix.Utsname
 	if unix.Uname(&u) == nil {
-		m.kernel = unix.ByteSliceToString(u.Release[:])
+		m.kernel, _, _ = strings.Cut(unix.ByteSliceToString(u.Release[:]), "-") // without the name of the build
 	}
 	return m
 }
