@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -79,8 +80,9 @@ func (a *app) mount(ctx context.Context, r *repo.Repository, dir string, o mount
 	o.Warn = func(err error) { a.ui.Warn("%v", err) }
 	s, err := mount.Mount(r, own, dir, o)
 	if err != nil {
-		return ui.WithHints(fmt.Errorf("cannot mount at %s: %w", ui.Quote(dir), err),
-			"FUSE must be there: the device /dev/fuse, and for users other than root the program fusermount3 (Debian: package fuse3).",
+		// What fusermount said ends in line feeds.
+		return ui.WithHints(fmt.Errorf("cannot mount at %s: %s", ui.Quote(dir), strings.TrimSpace(err.Error())),
+			"FUSE must be there: the device /dev/fuse, which this user may open (udev gives it the mode 0666), and for users other than root the program fusermount3 (Debian: package fuse3).",
 			"--allow-other needs the line user_allow_other in /etc/fuse.conf.")
 	}
 	a.ui.Info("%s in %s", ui.Count(int64(len(own)), "snapshot"), ui.Quote(dir))

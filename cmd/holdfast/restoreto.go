@@ -56,7 +56,7 @@ func (a *app) restoreTo(ctx context.Context, arg string, f *restoreFlags) error 
 	if f.to.to == "" {
 		return ui.WithHints(usageError("%s is a part of the snapshot: --to must say where it goes", ui.Quote(arg)),
 			"--to DIR writes into a folder, --to FILE.tar or FILE.zip makes an archive.",
-			"--live puts it back into the running instance.")
+			"--live puts it back into the running instance, --in-place into the storage of the stopped one.")
 	}
 	return a.withRepository(ctx, repoOptions{}, readLock(f.noLock), func(ctx context.Context, r *repo.Repository) error {
 		p, err := a.pick(ctx, r, arg, f.to.pick)
