@@ -74,7 +74,11 @@ func (l *freeList) get() []byte {
 	}
 }
 
+// put takes a buffer back. One that a giant made grow is left to the collector: the list bounds memory.
 func (l *freeList) put(b []byte) {
+	if cap(b) > 2*l.size {
+		return
+	}
 	select {
 	case l.free <- b:
 	default:
