@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"strconv"
 	"time"
@@ -32,6 +33,9 @@ func (a *app) reportLost(ctx context.Context, arg string, f *restoreFlags) error
 		var err error
 		if save, err = filepath.Abs(save); err != nil {
 			return err
+		}
+		if st, err := os.Stat(save); err == nil && !st.IsDir() {
+			return ui.WithHints(usageError("--save-newer %s is not a directory", ui.Quote(save)), "Name one that is empty or does not exist.")
 		}
 	}
 	return a.withRepository(ctx, repoOptions{}, readLock(f.noLock), func(ctx context.Context, r *repo.Repository) error {

@@ -108,7 +108,7 @@ func (a *app) restoreLive(ctx context.Context, arg string, to toFlags, f *liveFl
 	}
 	if f.tokenFile == "" {
 		return ui.WithHints(usageError("--live needs --token-file"),
-			"It holds an app token of the user (the server's own settings page makes one), or a password, or a bearer token.")
+			tokenHint)
 	}
 	return a.withRepository(ctx, repoOptions{}, readLock(noLock), func(ctx context.Context, r *repo.Repository) error {
 		p, err := a.pick(ctx, r, arg, to.pick)
@@ -251,7 +251,7 @@ func (a *app) cloudClient(url string, f *liveFlags) (*cloud.Client, error) {
 	if f.ca != "" {
 		var err error
 		if ca, err = os.ReadFile(f.ca); err != nil {
-			return nil, fmt.Errorf("cannot read the certificates: %w", err)
+			return nil, ui.WithHints(fmt.Errorf("cannot read the certificates: %w", err), "--server-cacert names a file with the certificate, in PEM form, of who signed the server's.")
 		}
 	}
 	return cloud.New(cloud.Options{
@@ -261,11 +261,13 @@ func (a *app) cloudClient(url string, f *liveFlags) (*cloud.Client, error) {
 	})
 }
 
+const tokenHint = "It holds an app token of the user (the server's own settings page makes one), or a password, or a bearer token."
+
 // tokenFrom reads a file with a token; the white space around it is not part of it.
 func (a *app) tokenFrom(file string) (string, error) {
 	fh, err := os.Open(file)
 	if err != nil {
-		return "", fmt.Errorf("cannot read the token file: %w", err)
+		return "", ui.WithHints(fmt.Errorf("cannot read the token file: %w", err), "Is --token-file right? "+tokenHint)
 	}
 	defer fh.Close()
 	if st, err := fh.Stat(); err == nil && st.Mode().IsRegular() && st.Mode().Perm()&0o004 != 0 {
@@ -273,11 +275,11 @@ func (a *app) tokenFrom(file string) (string, error) {
 	}
 	p, err := io.ReadAll(&limited{fh, maxPassword})
 	if err != nil {
-		return "", fmt.Errorf("cannot read the token file: %w", err)
+		return "", ui.WithHints(fmt.Errorf("cannot read the token file: %w", err), "Is --token-file right? "+tokenHint)
 	}
 	s := strings.TrimSpace(decode(p))
 	if s == "" {
-		return "", fmt.Errorf("the token file %s is empty", ui.Quote(file))
+		return "", ui.WithHints(fmt.Errorf("the token file %s is empty", ui.Quote(file)), tokenHint)
 	}
 	return s, nil
 }

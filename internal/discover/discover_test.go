@@ -424,7 +424,10 @@ func TestDefaultPlaces(t *testing.T) {
 	t.Run("no such base", func(t *testing.T) {
 		o := quiet(tempDir(t))
 		o.BaseDataPath = "/nonexistent/data"
-		wantError(t, o, "--base-data-path=/nonexistent/data", "no such directory")
+		err := wantError(t, o, "--base-data-path=/nonexistent/data", "no such directory")
+		if !strings.Contains(strings.Join(hints(err), ""), "mounted") {
+			t.Errorf("hints: %q", hints(err))
+		}
 	})
 }
 

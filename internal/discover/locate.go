@@ -187,6 +187,9 @@ func (s *sources) mapConfigured(variable, imageDir, host string, p *place) {
 	}
 }
 
+// unmountedHint is for a directory that the user named.
+const unmountedHint = "Is the path right, and its disk mounted? Without the flag, the places are searched where the products keep their data."
+
 func (s *sources) locateBase(o *Options) (*location, error) {
 	if o.BaseDataPath != "" {
 		p, err := s.flagPlace("--base-data-path", o.BaseDataPath)
@@ -194,7 +197,7 @@ func (s *sources) locateBase(o *Options) (*location, error) {
 			return nil, err
 		}
 		if !isDir(p.host) {
-			return nil, p.err("no such directory", "")
+			return nil, p.err("no such directory", unmountedHint)
 		}
 		return &location{base: p}, nil
 	}
@@ -310,7 +313,7 @@ func (s *sources) configOf(o *Options, p ocis.Product, loc *location) (place, er
 	if o.ConfigDir != "" {
 		c, err := s.flagPlace("--config-dir", o.ConfigDir)
 		if err == nil && !isDir(c.host) {
-			err = c.err("no such directory", "")
+			err = c.err("no such directory", unmountedHint)
 		}
 		return c, err
 	}
