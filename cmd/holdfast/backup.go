@@ -186,6 +186,8 @@ type backupSummary struct {
 	Files          int64           `json:"files"`
 	Folders        int64           `json:"folders"`
 	Bytes          int64           `json:"bytes"`
+	Entries        int64           `json:"entries"`
+	EntriesTaken   int64           `json:"entries_taken_over"`
 	NewBlobs       int64           `json:"new_blobs"`
 	NewBytes       int64           `json:"new_bytes"`
 	StoredBytes    int64           `json:"stored_bytes"`
@@ -203,7 +205,7 @@ func (a *app) showBackup(res *backup.Result, rec freeze.Record, dryRun bool) {
 	if a.ui.JSON() {
 		s := backupSummary{
 			Event: "summary", Verb: "backup", DryRun: dryRun, Product: m.Product, ProductVersion: m.ProductVersion,
-			Files: st.Files, Folders: st.Dirs, Bytes: st.Bytes, NewBlobs: st.NewBlobs, NewBytes: st.NewBytes,
+			Files: st.Files, Folders: st.Dirs, Bytes: st.Bytes, Entries: st.Entries, EntriesTaken: st.EntriesTaken, NewBlobs: st.NewBlobs, NewBytes: st.NewBytes,
 			StoredBytes: st.StoredBytes, Seconds: st.Duration.Seconds(), Freeze: m.Freeze, Views: m.Views, Proof: *p,
 		}
 		if s.Proof.Missing == nil {

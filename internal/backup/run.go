@@ -26,6 +26,7 @@ import (
 	"github.com/holdfast-backup/holdfast/internal/capture"
 	"github.com/holdfast-backup/holdfast/internal/docker"
 	"github.com/holdfast-backup/holdfast/internal/freeze"
+	"github.com/holdfast-backup/holdfast/internal/fschange"
 	"github.com/holdfast-backup/holdfast/internal/fssnap"
 	"github.com/holdfast-backup/holdfast/internal/ocis"
 	"github.com/holdfast-backup/holdfast/internal/progress"
@@ -90,6 +91,7 @@ type Result struct {
 type Stats struct {
 	Entries, Files, Dirs, Bytes     int64
 	BytesRead                       int64
+	EntriesTaken                    int64 // of Entries: taken over without a look, see capture.Stats
 	NewBlobs, NewBytes, StoredBytes int64
 	Duration                        time.Duration
 }
@@ -243,8 +245,16 @@ func (b *run) warm(ctx context.Context) error {
 	// So that the frozen pass need not look at what nobody touched in the meantime.
 	var why error
 	if b.watches, why = startWatches(o.Instance, b.views.cold); why != nil {
-		o.Progress.Emit(progress.Event{Kind: progress.Verbose, Phase: "warm", Message: "everything is looked at again during the stop: " + why.Error()})
+		o.Progress.Emit(progress.Event{Kind: progress.Verbose, Phase: "warm", Message: "no watch: " + why.Error()})
 	}
+	// The file systems that list changes do so of what is on disk. Little is left to be written then.
+	defer func() {
+		for i := range o.Instance.Stores {
+			if s := &o.Instance.Stores[i]; b.views.cold(s.Root) {
+				fschange.Prepare(s.Root)
+			}
+		}
+	}()
 	return repeat(cmp.Or(o.TargetDowntime, DefaultTargetDowntime), time.Now, func(pass int) (bool, error) {
 		began := time.Now()
 		c := b.newCapture(true)
@@ -317,6 +327,7 @@ func (b *run) commit(ctx context.Context, got *capture.Result) (*Result, error) 
 	res := &Result{Manifest: got.Manifest}
 	st := &res.Stats
 	st.Entries, st.Files, st.Dirs, st.Bytes, st.BytesRead = got.Stats.Entries, got.Stats.Files, got.Stats.Dirs, got.Stats.Bytes, got.Stats.BytesRead
+	st.EntriesTaken = got.Stats.EntriesTaken
 	if b.parent != nil {
 		d := b.parent.ID()
 		res.Parent = &d

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strings"
 
+	"github.com/holdfast-backup/holdfast/internal/fschange"
 	"github.com/holdfast-backup/holdfast/internal/pax"
 	"github.com/holdfast-backup/holdfast/internal/repo/id"
 )
@@ -25,6 +26,8 @@ type Cache struct {
 	Snapshot id.ID
 	spaces   map[string]*cachedSpace // by store and space id; "" as space id: the rest of the store
 	plain    map[string]*cachedPlain // by data set: what its files hold
+	// marks are the moments of which spaces tell, by store, where the file system lists changes since.
+	marks map[string]fschange.Mark
 }
 
 // cachedSpace is one space, or the part of a store that belongs to no space.
@@ -36,7 +39,7 @@ type cachedSpace struct {
 	result []byte            // encoded spaceResult; nil if it must not be used again
 	// What the scans of the nodes and of the blobs saw: listings; nil if directories must be listed.
 	nodesSeen, blobsSeen []byte
-	// live: made by this process, under the lock that still holds. It is not saved.
+	// live: made or checked by this process, under the lock that still holds. It is not saved.
 	live   bool
 	counts counts
 	// spare counts the objects of a bucket that nothing refers to, as of the last listing.
@@ -62,7 +65,7 @@ type cachedFile struct {
 func (c *Cache) Knows(d id.ID) bool { return c != nil && c.Snapshot == d }
 
 func newCache() *Cache {
-	return &Cache{spaces: map[string]*cachedSpace{}, plain: map[string]*cachedPlain{}}
+	return &Cache{spaces: map[string]*cachedSpace{}, plain: map[string]*cachedPlain{}, marks: map[string]fschange.Mark{}}
 }
 
 // carryPlain takes over what old knows of a data set that was not read.
@@ -79,6 +82,9 @@ func (c *Cache) carryStore(old *Cache, name string) {
 			c.spaces[key] = s
 		}
 	}
+	if m := old.marks[name]; m != "" {
+		c.marks[name] = m
+	}
 }
 
 // DropStore forgets a store.
@@ -88,10 +94,11 @@ func (c *Cache) DropStore(name string) {
 			delete(c.spaces, key)
 		}
 	}
+	delete(c.marks, name)
 }
 
 // cacheMagic names the format; another number is another format, and then the cache is not used.
-const cacheMagic = "holdfast cache 5\n"
+const cacheMagic = "holdfast cache 6\n"
 
 // LoadCache reads the cache at path. Anything wrong with it gives an empty cache and an error worth
 // a line at the most.
@@ -125,6 +132,7 @@ func LoadCache(path string) (*Cache, error) {
 		s.result = d.bytes()
 		s.nodesSeen, s.blobsSeen = d.bytes(), d.bytes()
 		s.spare = spareCount{listed: d.bool(), objects: d.int(), bytes: d.int(), captured: d.int()}
+		s.counts = counts{d.int(), d.int(), d.int(), d.int()}
 		c.spaces[key] = s
 	}
 	for n := d.count(); n > 0 && !d.bad; n-- {
@@ -140,6 +148,10 @@ func LoadCache(path string) (*Cache, error) {
 			pl.files[path] = f
 		}
 		c.plain[key] = pl
+	}
+	for n := d.count(); n > 0 && !d.bad; n-- {
+		name := d.str()
+		c.marks[name] = fschange.Mark(d.str())
 	}
 	if d.bad {
 		return newCache(), fmt.Errorf("cache %s is damaged: it is made anew", path)
@@ -201,6 +213,9 @@ func (c *Cache) write(f io.Writer) error {
 		e.int(s.spare.objects)
 		e.int(s.spare.bytes)
 		e.int(s.spare.captured)
+		for _, n := range []int64{s.counts.metaEntries, s.counts.metaBytes, s.counts.blobEntries, s.counts.blobBytes} {
+			e.int(n)
+		}
 	}
 	e.count(len(c.plain))
 	for key, pl := range c.plain {
@@ -219,6 +234,11 @@ func (c *Cache) write(f io.Writer) error {
 			e.ids(f.ids)
 			put()
 		}
+	}
+	e.count(len(c.marks))
+	for name, m := range c.marks {
+		e.str(name)
+		e.str(string(m))
 	}
 	put()
 	if err := w.Flush(); err != nil {

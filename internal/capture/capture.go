@@ -106,6 +106,9 @@ type Stats struct {
 	BytesRead int64 // bytes that were read from the source
 	// DirsListed counts the directories of stores that were listed; the others had not changed.
 	DirsListed int64
+	// EntriesTaken counts the entries of stores that were taken over without a look, because the kernel or the
+	// file system told that they are what they were.
+	EntriesTaken int64
 }
 
 // capturer is the state of one run.
@@ -117,6 +120,7 @@ type capturer struct {
 	slots  chan struct{}
 
 	part    Part // that is being read, View is set
+	viewed  bool
 	started time.Time
 	root    *folder
 	sets    map[int]snapshot.DataSet // what was read, by its place in the instance
@@ -130,6 +134,7 @@ type capturer struct {
 	bytes     atomic.Int64
 	bytesRead atomic.Int64
 	listed    atomic.Int64
+	taken     atomic.Int64
 
 	mu    sync.Mutex
 	proof snapshot.Proof
@@ -175,6 +180,7 @@ func New(r Repository, t Target, o Options) *Capture {
 func (c *Capture) Read(ctx context.Context, p Part) error { return c.c.read(ctx, p) }
 
 func (c *capturer) read(ctx context.Context, p Part) error {
+	c.viewed = p.View != nil
 	if p.View == nil {
 		p.View = func(p string) string { return p }
 	}
@@ -243,7 +249,7 @@ func (c *capturer) result() *Result {
 		Manifest: m, root: c.root, c: c, Cache: c.next,
 		Stats: Stats{
 			Entries: c.entries.Load(), Files: c.files.Load(), Dirs: c.dirs.Load(),
-			Bytes: c.bytes.Load(), BytesRead: c.bytesRead.Load(), DirsListed: c.listed.Load(),
+			Bytes: c.bytes.Load(), BytesRead: c.bytesRead.Load(), DirsListed: c.listed.Load(), EntriesTaken: c.taken.Load(),
 		},
 	}
 }
@@ -544,6 +550,7 @@ func (c *capturer) stores(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
+		mark := sc.askChanges(ctx)
 		f, err := sc.run(ctx, &ms)
 		sc.root.close()
 		if err != nil {
@@ -551,6 +558,9 @@ func (c *capturer) stores(ctx context.Context) error {
 		}
 		c.root.sub("storage").folders[s.Name] = f
 		c.found[k] = ms
+		if mark != "" {
+			c.next.marks[s.Name] = mark
+		}
 		for _, i := range sets {
 			d := &inst.DataSets[i]
 			md := manifestDataSet(d)

@@ -13,6 +13,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/holdfast-backup/holdfast/internal/fschange"
 	"github.com/holdfast-backup/holdfast/internal/ocis"
 	"github.com/holdfast-backup/holdfast/internal/pax"
 	"github.com/holdfast-backup/holdfast/internal/snapshot"
@@ -172,7 +173,7 @@ func (s *store) decomposedSpace(ctx context.Context, sp *space) (*snapshotPart, 
 	sc.unreadable = d.unreadable
 	sc.record = s.c.newListingWriter()
 	if quick {
-		sc.old, sc.trust = readListing(d.old.nodesSeen, s.rules), d.trustEntry
+		sc.old, sc.trust, sc.list = readListing(d.old.nodesSeen, s.rules), d.trustEntry, d.changes(sp.rel)
 	}
 	nodesSeen := sc.record
 	err := sc.walk(ctx, sp.rel, func(e *entry) error {
@@ -216,7 +217,7 @@ func (s *store) decomposedSpace(ctx context.Context, sp *space) (*snapshotPart, 
 		sc.unreadable = d.unreadable
 		sc.record = blobsSeen
 		if quick {
-			sc.old, sc.trust = readListing(d.old.blobsSeen, s.rules), d.trustEntry
+			sc.old, sc.trust, sc.list = readListing(d.old.blobsSeen, s.rules), d.trustEntry, d.changes(blobsDir)
 		}
 		err := sc.walk(ctx, blobsDir, func(e *entry) error {
 			n.blob(e)
@@ -293,25 +294,58 @@ func Touched(changed map[string]bool, rel string) bool {
 	return changed[rel] || changed[path.Dir(rel)] || changed["spaces"] || changed[""]
 }
 
-// untouched returns the result of the last capture of this run if nothing in the space has changed since
-// that capture began, and nil if it has to be looked at.
+// untouched returns the result of the last capture if nothing in the space has changed since that capture
+// began, and nil if it has to be looked at. Who knows is a watch, of captures in this process, or the file
+// system's list.
 func (d *decomposed) untouched() *snapshotPart {
-	old, unchanged := d.old, d.c.part.Unchanged
-	if unchanged == nil || d.c.opts.FullScan || !old.live || old.folder != d.sp.folder || len(old.result) == 0 ||
+	old := d.old
+	if d.c.opts.FullScan || old.folder != d.sp.folder || len(old.result) == 0 ||
 		old.print == [32]byte{} || // something could not be read, or had just changed
-		d.obj != nil && !d.obj.LockUntil.IsZero() || // the warm pass locks nothing
-		!unchanged(path.Join(d.s.Root, d.sp.rel)) {
+		d.obj != nil && !d.obj.LockUntil.IsZero() { // the warm pass locks nothing
+		return nil
+	}
+	watched := old.live && d.c.part.Unchanged != nil && d.c.part.Unchanged(path.Join(d.s.Root, d.sp.rel))
+	if !watched && (d.changed == nil || d.changed.Touched(d.sp.rel)) {
 		return nil
 	}
 	part, err := decodePart(old.result)
-	if err != nil || !d.c.hasTrees(part.trees) {
+	if err != nil || !d.c.hasTrees(part.trees) || !old.live && !d.stillGood(part) {
 		return nil
 	}
 	d.count(old.counts)
-	d.c.entries.Add(old.counts.metaEntries + old.counts.blobEntries)
-	d.keepSpace(d.sp.id, old)
+	n := old.counts.metaEntries + old.counts.blobEntries
+	d.c.entries.Add(n)
+	d.c.taken.Add(n)
+	cs := *old
+	cs.live = true
+	d.keepSpace(d.sp.id, &cs)
 	part.spare = old.spare
 	return part
+}
+
+// stillGood reports whether what an earlier process remembered of the space is complete in the repository,
+// and was read as it would be now.
+func (d *decomposed) stillGood(part *snapshotPart) bool {
+	if readListing(d.old.nodesSeen, d.rules) == nil || !d.c.hasAll(part.tar.ids) {
+		return false
+	}
+	if o := d.obj; o != nil && (o.CountSpare || o.KeepSpare || d.old.spare.listed && d.old.spare.captured > 0) {
+		return false
+	}
+	for _, g := range d.old.groups {
+		if !d.c.hasAll(g.ids) || !d.c.hasAll(g.needs) {
+			return false
+		}
+	}
+	return true
+}
+
+// changes returns the list of changes if it tells of the directory rel: not if another one was there.
+func (d *decomposed) changes(rel string) *fschange.List {
+	if d.changed == nil || d.changed.Moved(rel) {
+		return nil
+	}
+	return d.changed
 }
 
 // trustEntry vouches for what has nothing that could be changed in place: links, and the server's lock

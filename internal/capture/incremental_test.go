@@ -58,86 +58,91 @@ func TestIncrementalEqualsFull(t *testing.T) {
 // future is a clock that is ahead, so that what was just written does not count as just changed.
 func future() time.Time { return time.Now().Add(time.Hour) }
 
-// TestEachChangeIsSeen changes one thing of the small store at a time, also in ways that no server
-// does and that leave times and sizes as they were.
+// eachChange changes one thing of the small store at a time, also in ways that no server does and that leave
+// times and sizes as they were.
+var eachChange = []struct {
+	name   string
+	change func(s *tinyStore)
+}{
+	{"metadata replaced", func(s *tinyStore) {
+		p := s.nodePath(folderID) + ".mpk"
+		s.put(p+".tmp", string(ocis.EncodeMPK(ocis.Attributes{{Key: "user.oc.type", Value: []byte("2")}, {Key: "user.oc.tmtime", Value: []byte("2026-01-01T00:00:00Z")}})))
+		s.check(os.Rename(p+".tmp", p))
+	}},
+	{"metadata rewritten, same size and time", func(s *tinyStore) {
+		p := s.nodePath(folderID) + ".mpk"
+		keepTime(s, p, func() {
+			b, err := os.ReadFile(p)
+			s.check(err)
+			s.check(os.WriteFile(p, []byte(strings.Replace(string(b), "folder", "fOlder", 1)), 0o600))
+		})
+	}},
+	{"renamed", func(s *tinyStore) {
+		s.check(os.Rename(filepath.Join(s.nodePath(folderID), "file.txt"), filepath.Join(s.nodePath(folderID), "other.txt")))
+	}},
+	{"mode", func(s *tinyStore) { s.check(os.Chmod(s.blob(), 0o640)) }},
+	{"owner", func(s *tinyStore) { s.check(os.Lchown(s.nodePath(fileID), 7, 8)) }},
+	{"attribute", func(s *tinyStore) { s.check(unix.Setxattr(s.nodePath(folderID), "user.x", []byte("y"), 0)) }},
+	{"new orphan", func(s *tinyStore) {
+		s.put(s.space("blobs/"+ocis.NodePath("99999999-aaaa-4bbb-8ccc-000000000009")), "o")
+	}},
+	{"child link removed", func(s *tinyStore) { s.check(os.Remove(filepath.Join(s.nodePath(folderID), "file.txt"))) }},
+	{"child link to another node", func(s *tinyStore) {
+		p := filepath.Join(s.nodePath(folderID), "file.txt")
+		s.check(os.Remove(p))
+		s.check(os.Symlink("../../../../../"+ocis.NodePath(folderID), p))
+	}},
+	{"mode of a shard", func(s *tinyStore) { s.check(os.Chmod(filepath.Dir(s.nodePath(fileID)), 0o711)) }},
+	{"shard replaced", func(s *tinyStore) {
+		p := filepath.Dir(filepath.Dir(s.nodePath(fileID)))
+		s.check(os.Rename(p, p+".old"))
+		s.check(os.Mkdir(p, 0o700))
+	}},
+	{"shard replaced by a link", func(s *tinyStore) {
+		p := filepath.Dir(filepath.Dir(s.blob()))
+		s.check(os.Rename(p, s.path("elsewhere")))
+		s.check(os.Symlink(s.path("elsewhere"), p))
+	}},
+	{"trashed", func(s *tinyStore) {
+		p, key := s.nodePath(fileID), ".T.2026-01-02T03:04:05.000000006Z"
+		s.check(os.Rename(p, p+key))
+		s.check(os.Rename(p+".mpk", p+key+".mpk"))
+		s.check(os.Remove(filepath.Join(s.nodePath(folderID), "file.txt")))
+		link := s.space("trash/" + ocis.NodePath(fileID))
+		s.check(os.MkdirAll(filepath.Dir(link), 0o700))
+		s.check(os.Symlink("../../../../../nodes/"+ocis.NodePath(fileID)+key, link))
+	}},
+	{"lock with content", func(s *tinyStore) { s.put(s.nodePath(fileID)+".lock", "{}") }},
+	{"new shard", func(s *tinyStore) {
+		s.node("77777777-aaaa-4bbb-8ccc-000000000007", false, "user.oc.type", "1", "user.oc.name", "lost")
+	}},
+	{"blob gone", func(s *tinyStore) { s.check(os.Remove(s.blob())) }},
+	{"blob grown", func(s *tinyStore) { s.put(s.blob(), "hello world\n!") }},
+	{"system file, same size and time", func(s *tinyStore) {
+		p := s.path("data/idm/idm.boltdb")
+		keepTime(s, p, func() { s.check(os.WriteFile(p, []byte("Identities"), 0o600)) })
+	}},
+	{"config", func(s *tinyStore) { s.write("config/opencloud.yaml", "a: c\n") }},
+	{"index in place", func(s *tinyStore) { s.put(s.path("data/storage/users/indexes/by-type/project.mpk"), "\x81\xa1b\xa1c") }},
+	{"alias", func(s *tinyStore) {
+		s.put(s.nodePath(spaceID)+".mpk", string(ocis.EncodeMPK(ocis.Attributes{
+			{Key: "user.oc.space.alias", Value: []byte("project/new")}, {Key: "user.oc.space.id", Value: []byte(spaceID)}})))
+	}},
+}
+
+func (s *tinyStore) blob() string { return s.space("blobs/" + ocis.NodePath(blobID)) }
+
+// keepTime gives p the mtime back that it had.
+func keepTime(s *tinyStore, p string, fn func()) {
+	s.t.Helper()
+	st, err := os.Lstat(p)
+	s.check(err)
+	fn()
+	s.check(os.Chtimes(p, time.Time{}, st.ModTime()))
+}
+
 func TestEachChangeIsSeen(t *testing.T) {
-	keepTime := func(s *tinyStore, p string, fn func()) {
-		s.t.Helper()
-		st, err := os.Lstat(p)
-		s.check(err)
-		fn()
-		s.check(os.Chtimes(p, time.Time{}, st.ModTime()))
-	}
-	blob := func(s *tinyStore) string { return s.space("blobs/" + ocis.NodePath(blobID)) }
-	for _, c := range []struct {
-		name   string
-		change func(s *tinyStore)
-	}{
-		{"metadata replaced", func(s *tinyStore) {
-			p := s.nodePath(folderID) + ".mpk"
-			s.put(p+".tmp", string(ocis.EncodeMPK(ocis.Attributes{{Key: "user.oc.type", Value: []byte("2")}, {Key: "user.oc.tmtime", Value: []byte("2026-01-01T00:00:00Z")}})))
-			s.check(os.Rename(p+".tmp", p))
-		}},
-		{"metadata rewritten, same size and time", func(s *tinyStore) {
-			p := s.nodePath(folderID) + ".mpk"
-			keepTime(s, p, func() {
-				b, err := os.ReadFile(p)
-				s.check(err)
-				s.check(os.WriteFile(p, []byte(strings.Replace(string(b), "folder", "fOlder", 1)), 0o600))
-			})
-		}},
-		{"renamed", func(s *tinyStore) {
-			s.check(os.Rename(filepath.Join(s.nodePath(folderID), "file.txt"), filepath.Join(s.nodePath(folderID), "other.txt")))
-		}},
-		{"mode", func(s *tinyStore) { s.check(os.Chmod(blob(s), 0o640)) }},
-		{"owner", func(s *tinyStore) { s.check(os.Lchown(s.nodePath(fileID), 7, 8)) }},
-		{"attribute", func(s *tinyStore) { s.check(unix.Setxattr(s.nodePath(folderID), "user.x", []byte("y"), 0)) }},
-		{"new orphan", func(s *tinyStore) {
-			s.put(s.space("blobs/"+ocis.NodePath("99999999-aaaa-4bbb-8ccc-000000000009")), "o")
-		}},
-		{"child link removed", func(s *tinyStore) { s.check(os.Remove(filepath.Join(s.nodePath(folderID), "file.txt"))) }},
-		{"child link to another node", func(s *tinyStore) {
-			p := filepath.Join(s.nodePath(folderID), "file.txt")
-			s.check(os.Remove(p))
-			s.check(os.Symlink("../../../../../"+ocis.NodePath(folderID), p))
-		}},
-		{"mode of a shard", func(s *tinyStore) { s.check(os.Chmod(filepath.Dir(s.nodePath(fileID)), 0o711)) }},
-		{"shard replaced", func(s *tinyStore) {
-			p := filepath.Dir(filepath.Dir(s.nodePath(fileID)))
-			s.check(os.Rename(p, p+".old"))
-			s.check(os.Mkdir(p, 0o700))
-		}},
-		{"shard replaced by a link", func(s *tinyStore) {
-			p := filepath.Dir(filepath.Dir(blob(s)))
-			s.check(os.Rename(p, s.path("elsewhere")))
-			s.check(os.Symlink(s.path("elsewhere"), p))
-		}},
-		{"trashed", func(s *tinyStore) {
-			p, key := s.nodePath(fileID), ".T.2026-01-02T03:04:05.000000006Z"
-			s.check(os.Rename(p, p+key))
-			s.check(os.Rename(p+".mpk", p+key+".mpk"))
-			s.check(os.Remove(filepath.Join(s.nodePath(folderID), "file.txt")))
-			link := s.space("trash/" + ocis.NodePath(fileID))
-			s.check(os.MkdirAll(filepath.Dir(link), 0o700))
-			s.check(os.Symlink("../../../../../nodes/"+ocis.NodePath(fileID)+key, link))
-		}},
-		{"lock with content", func(s *tinyStore) { s.put(s.nodePath(fileID)+".lock", "{}") }},
-		{"new shard", func(s *tinyStore) {
-			s.node("77777777-aaaa-4bbb-8ccc-000000000007", false, "user.oc.type", "1", "user.oc.name", "lost")
-		}},
-		{"blob gone", func(s *tinyStore) { s.check(os.Remove(blob(s))) }},
-		{"blob grown", func(s *tinyStore) { s.put(blob(s), "hello world\n!") }},
-		{"system file, same size and time", func(s *tinyStore) {
-			p := s.path("data/idm/idm.boltdb")
-			keepTime(s, p, func() { s.check(os.WriteFile(p, []byte("Identities"), 0o600)) })
-		}},
-		{"config", func(s *tinyStore) { s.write("config/opencloud.yaml", "a: c\n") }},
-		{"index in place", func(s *tinyStore) { s.put(s.path("data/storage/users/indexes/by-type/project.mpk"), "\x81\xa1b\xa1c") }},
-		{"alias", func(s *tinyStore) {
-			s.put(s.nodePath(spaceID)+".mpk", string(ocis.EncodeMPK(ocis.Attributes{
-				{Key: "user.oc.space.alias", Value: []byte("project/new")}, {Key: "user.oc.space.id", Value: []byte(spaceID)}})))
-		}},
-	} {
+	for _, c := range eachChange {
 		t.Run(c.name, func(t *testing.T) {
 			s := newTinyStore(t)
 			s.put(s.path("data/storage/users/indexes/by-type/project.mpk"), "\x81\xa1a\xa1b")

@@ -50,6 +50,7 @@ func (o *oldEntry) isDir() bool { return o.flags&listedKind == listedDir }
 // oldDir is what a listing says of a directory; the zero value: nothing is known.
 type oldDir struct {
 	known        bool // kids are its entries
+	listed       bool // the list of changes tells of it
 	sure         bool // its times prove something
 	mode         uint32
 	uid, gid     uint32

@@ -44,8 +44,17 @@ func (r *root) abs(rel string) string {
 // noOpenat2 is set when the kernel (before 5.6) or a seccomp filter refuses openat2.
 var noOpenat2 atomic.Bool
 
-// open opens rel below the root.
+// open opens rel below the root. With O_NOATIME, a refusal of that is no error: only the owner of a file, and
+// root, may ask for it.
 func (r *root) open(rel string, flags int) (int, error) {
+	fd, err := r.openPlain(rel, flags)
+	if flags&unix.O_NOATIME != 0 && errors.Is(err, unix.EPERM) {
+		return r.openPlain(rel, flags&^unix.O_NOATIME)
+	}
+	return fd, err
+}
+
+func (r *root) openPlain(rel string, flags int) (int, error) {
 	if rel == "" {
 		rel = "."
 	}
@@ -61,7 +70,7 @@ func (r *root) open(rel string, flags int) (int, error) {
 				return fd, nil
 			case errors.Is(err, unix.EINTR), errors.Is(err, unix.EAGAIN):
 				continue // EAGAIN: a rename raced with the resolution
-			case errors.Is(err, unix.ENOSYS), errors.Is(err, unix.EPERM):
+			case errors.Is(err, unix.ENOSYS), errors.Is(err, unix.EPERM) && flags&unix.O_NOATIME == 0:
 				noOpenat2.Store(true)
 			default:
 				return -1, &fs.PathError{Op: "open", Path: r.abs(rel), Err: err}
@@ -99,7 +108,7 @@ func (r *root) openStepwise(rel string, flags int) (int, error) {
 // openFile opens the regular file rel for reading. It refuses anything else, so that a FIFO that
 // took the place of a file cannot hang the backup.
 func (r *root) openFile(rel string) (*os.File, error) {
-	fd, err := r.open(rel, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_NOCTTY)
+	fd, err := r.open(rel, unix.O_RDONLY|unix.O_NOATIME|unix.O_NONBLOCK|unix.O_NOCTTY)
 	if err != nil {
 		return nil, err
 	}
@@ -246,7 +255,11 @@ func (d *details) readFile(rel string, limit int64) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	f, err := unix.Openat(fd, name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
+	flags := unix.O_RDONLY | unix.O_NOATIME | unix.O_NOFOLLOW | unix.O_NONBLOCK | unix.O_NOCTTY | unix.O_CLOEXEC
+	f, err := unix.Openat(fd, name, flags, 0)
+	if errors.Is(err, unix.EPERM) {
+		f, err = unix.Openat(fd, name, flags&^unix.O_NOATIME, 0)
+	}
 	if err != nil {
 		return nil, &fs.PathError{Op: "open", Path: d.r.abs(rel), Err: err}
 	}

@@ -12,6 +12,8 @@ import (
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-backup/holdfast/internal/fschange"
 )
 
 // scanner walks a directory tree. Its consumer sees the entries in one order (depth first, names
@@ -26,10 +28,15 @@ type scanner struct {
 	// old is what an earlier scan saw; nil: nothing is known. A directory whose times are the same is not
 	// listed again, and of its entries only those are looked at that trust does not vouch for.
 	old *listing
+	// list, if there is one, is exact: what is not in it is what it was when old was made, and is not even
+	// looked at.
+	list *fschange.List
 	// trust reports whether an entry in an unchanged directory cannot have changed by itself.
 	trust func(e *entry) bool
 	// listed counts the directories that were listed; nil: they are not counted.
 	listed *atomic.Int64
+	// taken counts the entries that were not looked at because of the list; nil: they are not counted.
+	taken *atomic.Int64
 	// record takes down what this scan sees; nil: nothing.
 	record *listingWriter
 }
@@ -100,7 +107,7 @@ func (sc *scanner) walk(ctx context.Context, rel string, fn func(*entry) error) 
 	first := &scanJob{rel: rel, dir: e, done: make(chan struct{})}
 	if sc.old != nil {
 		// The top is listed in any case; what is below it may be known.
-		first.old = oldDir{known: true, kids: sc.old.kids}
+		first.old = oldDir{known: true, listed: sc.list != nil, kids: sc.old.kids}
 	}
 	return s.consume(first, fn)
 }
@@ -226,27 +233,43 @@ func (l *lister) list(dir *entry, old oldDir, out *[]scanItem) {
 }
 
 // unchanged returns the entries of a directory that is as it was, without listing it. Subdirectories are
-// looked at, and so is what may have changed in place. It gives up (false) where anything is not as
-// expected.
+// looked at, and so is what may have changed in place; where there is a list, only what is in it. It gives
+// up (false) where anything is not as expected.
 func (l *lister) unchanged(dir *entry, old oldDir) (found []scanItem, known []oldDir, ok bool) {
-	if !old.same(dir) {
+	list := l.sc.list
+	if !old.listed {
+		list = nil
+	}
+	if !old.same(dir) && (list == nil || list.Changed(dir.path)) {
 		return nil, nil, false
 	}
 	prefix := below(dir.path)
 	var look []int
+	arrived := false
 	ok = l.sc.old.each(old.kids, func(o *oldEntry) bool {
 		o.entry.path = join(prefix, o.entry.path)
 		dir := oldDir{}
 		if o.isDir() {
 			dir = o.dir()
+			dir.listed = list != nil
 		}
-		if o.isDir() || o.flags&listedKind == listedOther || o.flags&listedUnsure != 0 || !l.sc.trust(&o.entry) {
+		switch {
+		case o.flags&listedKind == listedOther:
+			look = append(look, len(found))
+		case list != nil:
+			if list.Changed(o.entry.path) {
+				look = append(look, len(found))
+				if list.Arrived(o.entry.path) {
+					arrived = true
+				}
+			}
+		case o.isDir() || o.flags&listedUnsure != 0 || !l.sc.trust(&o.entry):
 			look = append(look, len(found))
 		}
 		found, known = append(found, scanItem{entry: o.entry}), append(known, dir)
 		return true
 	})
-	if !ok {
+	if !ok || arrived {
 		return nil, nil, false
 	}
 	// A path from the root costs less than opening the directory for one or two. The path leads through
@@ -271,6 +294,9 @@ func (l *lister) unchanged(dir *entry, old oldDir) (found []scanItem, known []ol
 			return nil, nil, false
 		}
 	}
+	if list != nil && l.sc.taken != nil {
+		l.sc.taken.Add(int64(len(found) - len(look)))
+	}
 	return found, known, true
 }
 
@@ -293,7 +319,7 @@ func join(prefix, name string) string {
 // read lists a directory. Where something is known of its subdirectories it is returned as well.
 func (l *lister) read(dir *entry, old oldDir) (found []scanItem, known []oldDir) {
 	rel := dir.path
-	fd, err := l.sc.r.open(rel, unix.O_RDONLY|unix.O_DIRECTORY)
+	fd, err := l.sc.r.open(rel, unix.O_RDONLY|unix.O_NOATIME|unix.O_DIRECTORY)
 	if err != nil {
 		l.sc.unreadable(rel, err)
 		return nil, nil
@@ -335,7 +361,11 @@ func (l *lister) read(dir *entry, old oldDir) (found []scanItem, known []oldDir)
 			i++
 		}
 		if i < len(found) && found[i].isDir() && o.isDir() && found[i].path[len(prefix):] == o.entry.path {
-			known[i] = o.dir()
+			// A directory that came here since is another one than that of the listing.
+			if arrived := old.listed && l.sc.list.Arrived(found[i].path); !arrived {
+				known[i] = o.dir()
+				known[i].listed = old.listed
+			}
 		}
 		return i < len(found)
 	})

@@ -11,6 +11,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/holdfast-backup/holdfast/internal/fschange"
 	"github.com/holdfast-backup/holdfast/internal/ocis"
 	"github.com/holdfast-backup/holdfast/internal/pax"
 	"github.com/holdfast-backup/holdfast/internal/progress"
@@ -27,8 +28,9 @@ type store struct {
 	rules uint64                // what skip leaves out, as a number
 	// localTimes: what a directory's times say can be believed.
 	localTimes bool
-	base       string   // /storage/<name> in the snapshot
-	obj        *Objects // nil: the blobs lie on disk
+	changed    *fschange.List // what was changed since the picture that the cache knows; nil: that is not known
+	base       string         // /storage/<name> in the snapshot
+	obj        *Objects       // nil: the blobs lie on disk
 	spaces     []*space
 
 	mu      sync.Mutex
@@ -82,6 +84,26 @@ func (c *capturer) newStore(s *ocis.Store) (*store, error) {
 		st.obj = c.opts.Objects[s.Name]
 	}
 	return st, nil
+}
+
+// askChanges asks the file system what was changed in the store since the picture that the cache knows. It
+// returns the moment of the picture that is about to be read: what changes later is in the next list.
+func (s *store) askChanges(ctx context.Context) fschange.Mark {
+	c := s.c
+	var old fschange.Mark
+	if !c.opts.FullScan {
+		old = c.opts.Cache.marks[s.s.Name]
+	}
+	list, now, why := fschange.Since(ctx, c.part.View(s.s.Root), old, c.viewed)
+	s.changed = list
+	switch {
+	case list != nil:
+		why = fmt.Errorf("%d entries were changed, by the list of the file system; the others are not looked at", list.Len())
+	case errors.Is(why, fschange.ErrNoMark), errors.Is(why, fschange.ErrNoList), why == nil, ctx.Err() != nil:
+		return now
+	}
+	c.opts.Progress.Emit(progress.Event{Kind: progress.Verbose, Phase: "capture", Message: fmt.Sprintf("store %s: %v", s.s.Name, why)})
+	return now
 }
 
 // run captures the store and returns its folder.
@@ -227,7 +249,7 @@ func (s *store) keepSpace(spaceID string, cs *cachedSpace) {
 func (s *store) scanner(skip func(rel string) bool) *scanner {
 	nested := s.skip
 	return &scanner{
-		r: s.root, workers: 2, listed: &s.c.listed,
+		r: s.root, workers: 2, listed: &s.c.listed, taken: &s.c.taken,
 		skip: func(rel string) bool {
 			return nested != nil && nested(rel) || skip != nil && skip(rel)
 		},

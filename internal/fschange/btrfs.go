@@ -22,7 +22,8 @@ import (
 // all that was written before the call is in the list, and all that is written after it will be in the
 // next one.
 //
-// Where no exact list can be had, list is nil and why says it: ErrNoMark if it is for the lack of a mark.
+// Where no exact list can be had, list is nil and why says it: ErrNoList if the file system keeps none,
+// ErrNoMark if it is for the lack of a mark.
 // The new mark is "" if nothing exact can begin at it either.
 //
 // It knows btrfs, and needs root. There each inode bears the number of the transaction that changed it last,
@@ -52,6 +53,20 @@ func Since(ctx context.Context, dir string, old Mark, view bool) (list *List, no
 		return list, "", nil
 	}
 	return list, now, why
+}
+
+// Prepare writes out what is in memory of the file system of dir, if it is one that keeps lists: a call of
+// Since that comes soon is shorter then. Nothing depends on it.
+func Prepare(dir string) {
+	f, err := os.Open(dir)
+	if err != nil {
+		return
+	}
+	defer f.Close()
+	var fs unix.Statfs_t
+	if unix.Fstatfs(int(f.Fd()), &fs) == nil && fs.Type == unix.BTRFS_SUPER_MAGIC {
+		_ = unix.Syncfs(int(f.Fd()))
+	}
 }
 
 // btrfsMark is what a Mark holds.
@@ -95,7 +110,7 @@ func (t *tree) identify(dir string, view bool) (m btrfsMark, err error) {
 		return m, fmt.Errorf("statfs: %w", err)
 	}
 	if fs.Type != unix.BTRFS_SUPER_MAGIC {
-		return m, errors.New("it does not lie on btrfs")
+		return m, ErrNoList
 	}
 	table, err := mountinfo.Self()
 	if err != nil {

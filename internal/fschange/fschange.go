@@ -17,6 +17,9 @@ type Mark string
 // ErrNoMark is returned where there is no mark to begin at.
 var ErrNoMark = errors.New("no earlier state is known")
 
+// ErrNoList is returned for a file system that keeps no list of changes.
+var ErrNoList = errors.New("its file system keeps no list of changes that holdfast knows")
+
 // listMost bounds the memory of a list: some 250 bytes for each. So many changes are found as well by looking.
 const listMost = 200_000
 

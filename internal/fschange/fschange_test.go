@@ -346,7 +346,7 @@ func TestNotCovered(t *testing.T) {
 	fssnaptest.Tool(t, "btrfs", "property", "set", filepath.Join(top, "x"), "ro", "true")
 	refused("a view that was written to", inView("x"), true, "written to")
 
-	refused("another file system", t.TempDir(), false, "not lie on btrfs")
+	refused("another file system", t.TempDir(), false, ErrNoList.Error())
 	if _, _, err := Since(context.Background(), filepath.Join(top, "nowhere"), "", false); !errors.Is(err, os.ErrNotExist) {
 		t.Error(err)
 	}
