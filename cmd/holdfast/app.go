@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"os/signal"
+	"runtime"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -19,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 
+	"github.com/holdfast-backup/holdfast/internal/membudget"
 	"github.com/holdfast-backup/holdfast/internal/repo"
 	"github.com/holdfast-backup/holdfast/internal/settings"
 	"github.com/holdfast-backup/holdfast/internal/ui"
@@ -36,6 +38,8 @@ type app struct {
 	ui   *ui.Printer
 	set  map[string]settings.Origin // which flags are set, and from where
 	opt  globalOptions
+	// mem says how much may run at once; see internal/membudget.
+	mem membudget.Budget
 
 	// indexed is the repository whose index was read.
 	indexed *repo.Repository
@@ -59,6 +63,7 @@ type globalOptions struct {
 	cacheDir        string
 	cacheSize       int // MiB
 	noCache         bool
+	memory          string
 	passEnv         []string
 	json            bool
 	quiet           bool
@@ -139,6 +144,7 @@ or holdfast thaw; holdfast status tells about it.
 	f.StringVar(&a.opt.configFile, "config-file", "", "settings `file` (default "+settings.DefaultFile+" if it exists)")
 	f.StringVar(&a.opt.cacheDir, "cache-dir", "", "`directory` for what speeds up the next backup; may be deleted at any time")
 	f.IntVar(&a.opt.cacheSize, "cache-size", 2048, "upper limit of what is kept there of repositories on servers, in `MiB`")
+	f.StringVar(&a.opt.memory, "memory", "", "upper limit of the memory that is used, a `size` such as 512M; the least is "+membudget.Size(membudget.Least)+"\n(default: a quarter of what the machine or the control group has, 1G at most)")
 	f.BoolVar(&a.opt.noCache, "no-cache", false, "keep nothing of repositories on servers")
 	f.StringVar(&a.opt.stateDir, "state-dir", "", "`directory` for the record of what must be started again (default\n$XDG_STATE_HOME/holdfast; else /var/lib/holdfast for root, ~/.local/state/holdfast for others)")
 	f.DurationVar(&a.opt.retryLock, "retry-lock", 0, "how long to wait for a locked repository, e.g. 10m")
@@ -228,7 +234,39 @@ func (a *app) settings(c *cobra.Command) error {
 	}
 	a.set, err = settings.Apply(c.Flags(), a.verbName(c), file, a.getenv)
 	userenv.Pass(a.opt.passEnv)
-	return err
+	if err != nil {
+		return err
+	}
+	return a.budget(c)
+}
+
+// budget divides the memory and gives Go's runtime its limit.
+func (a *app) budget(c *cobra.Command) error {
+	size := membudget.Default()
+	if a.opt.memory != "" {
+		var err error
+		if size, err = parseSize(a.opt.memory); err != nil {
+			return fmt.Errorf("--memory: %w", err)
+		}
+	}
+	packs := 0 // MiB
+	if c.Flags().Lookup("pack-size") != nil {
+		packs, _ = c.Flags().GetInt("pack-size")
+		if packs < minPackSize || packs > maxPackSize {
+			packs = 0 // refused where it is used
+		}
+	}
+	var err error
+	var small *membudget.TooSmallError
+	a.mem, err = membudget.New(size, runtime.GOMAXPROCS(0), int64(packs)<<20)
+	switch {
+	case errors.As(err, &small) && small.PackSize != 0:
+		return ui.WithHints(fmt.Errorf("--memory: %w", err), "Or choose a smaller --pack-size.")
+	case err != nil:
+		return fmt.Errorf("--memory: %w", err)
+	}
+	a.mem.Apply()
+	return nil
 }
 
 // verbName is the verb as it is typed: backup, key add.

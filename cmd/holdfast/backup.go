@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/holdfast-backup/holdfast/internal/backup"
+	"github.com/holdfast-backup/holdfast/internal/capture"
 	"github.com/holdfast-backup/holdfast/internal/discover"
 	"github.com/holdfast-backup/holdfast/internal/freeze"
 	"github.com/holdfast-backup/holdfast/internal/progress"
@@ -141,6 +142,7 @@ func (a *app) backup(ctx context.Context, f *backupFlags) error {
 			Blobs: blobs, Views: drivers, KeepViews: f.view.keep, Cold: f.cold, TargetDowntime: f.targetDowntime,
 			ExcludeIndex: f.excludeIndex, ExcludeThumbnails: f.excludeThumbnails,
 			ServerBinary: f.place.serverBinary, SaveImage: f.saveImage, Hostname: f.host, Tags: f.tags,
+			Limits: capture.Limits{Workers: a.mem.Workers, Compressors: a.mem.Compressors, Spaces: a.mem.Spaces, Ahead: a.mem.Ahead},
 			DryRun: f.dryRun, FullScan: f.fullScan, Progress: a.untilThawed(sink), Version: version,
 		})
 		if res != nil && !f.dryRun {

@@ -7,7 +7,6 @@ package main
 
 import (
 	"os"
-	"runtime/debug"
 
 	"github.com/holdfast-backup/holdfast/internal/drill"
 	"github.com/holdfast-backup/holdfast/internal/freeze"
@@ -19,11 +18,6 @@ func main() {
 	// A second copy of this program that holds the promise to start the instance never returns.
 	freeze.MaybeGuard()
 	drill.MaybeJail() // the first process around the server of a drill
-	// Buffers are pooled and bounded, so little is garbage; collecting earlier than Go's default of 100
-	// keeps a backup of any size below 300 MiB at no measurable cost of time.
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(40)
-	}
 	os.Exit(run())
 }
 

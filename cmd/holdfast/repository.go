@@ -8,10 +8,14 @@ import (
 	"path/filepath"
 
 	"github.com/holdfast-backup/holdfast/internal/backend"
+	"github.com/holdfast-backup/holdfast/internal/membudget"
 	"github.com/holdfast-backup/holdfast/internal/progress"
 	"github.com/holdfast-backup/holdfast/internal/repo"
 	"github.com/holdfast-backup/holdfast/internal/ui"
 )
+
+// What --pack-size may be, in MiB.
+const minPackSize, maxPackSize = 4, 128
 
 // repoOptions are the flags of verbs that write into the repository.
 type repoOptions struct {
@@ -19,8 +23,8 @@ type repoOptions struct {
 	packSize    int // MiB
 }
 
-func (o repoOptions) options() (repo.Options, error) {
-	out := repo.Options{PackSize: int64(o.packSize) << 20}
+func (o repoOptions) options(mem membudget.Budget, tmp string) (repo.Options, error) {
+	out := repo.Options{PackSize: mem.PackSize, PackBuffers: mem.PackBuffers, Readers: mem.Readers, IndexMemory: mem.Index, TempDir: tmp}
 	switch o.compression {
 	case "", "auto":
 		out.Compression = repo.CompressionAuto
@@ -31,8 +35,8 @@ func (o repoOptions) options() (repo.Options, error) {
 	default:
 		return out, usageError("--compression is auto, off or max, not %q", o.compression)
 	}
-	if o.packSize != 0 && (o.packSize < 4 || o.packSize > 128) {
-		return out, usageError("--pack-size is 4 to 128 (MiB), not %d", o.packSize)
+	if o.packSize != 0 && (o.packSize < minPackSize || o.packSize > maxPackSize) {
+		return out, usageError("--pack-size is %d to %d (MiB), not %d", minPackSize, maxPackSize, o.packSize)
 	}
 	return out, nil
 }
@@ -56,7 +60,7 @@ func (a *app) withRepository(ctx context.Context, ro repoOptions, mode lockMode,
 func (a *app) withRepositoryAt(ctx context.Context, addr string, password func(context.Context, bool) (string, error),
 	ro repoOptions, mode lockMode, fn func(context.Context, *repo.Repository) error,
 ) error {
-	o, err := ro.options()
+	o, err := ro.options(a.mem, a.cacheDir())
 	if err != nil {
 		return err
 	}

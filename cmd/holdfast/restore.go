@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime"
 	"strconv"
 	"strings"
 
@@ -200,6 +201,7 @@ func (a *app) restore(ctx context.Context, arg string, f *restoreFlags) error {
 		o := restore.Options{
 			BasePath: f.place.baseDataPath, ConfigDir: f.place.configDir, Overwrite: f.overwrite, TrustTimes: f.trustTimes,
 			Owner: owner, DryRun: f.dryRun, Only: f.only, Progress: a.ui.Sink(),
+			Workers: min(a.mem.Workers, runtime.GOMAXPROCS(0)), Windows: a.mem.Windows, Batch: a.mem.Batch, ObjectRoom: a.mem.Objects,
 		}
 		if sn.Tree != nil {
 			// Without a manifest there is nothing to translate; MakePlan says what is wrong.

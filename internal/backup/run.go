@@ -73,6 +73,8 @@ type Options struct {
 	DryRun bool
 	// FullScan uses nothing of the last run.
 	FullScan bool
+	// Limits bound the memory.
+	Limits   capture.Limits
 	Progress progress.Sink
 	Version  string // of Holdfast
 	// Now is the clock; nil: time.Now.
@@ -229,7 +231,7 @@ func (b *run) newCapture(warm bool) *capture.Capture {
 	o := b.o
 	return capture.New(o.Repo, b.target(), capture.Options{
 		Instance: o.Instance, Exclude: excluded(o), Software: b.software, Cache: b.cache, Known: b.known, Objects: b.objects,
-		FullScan: o.FullScan, Warm: warm, Progress: o.Progress, Now: o.Now,
+		FullScan: o.FullScan, Limits: o.Limits, Warm: warm, Progress: o.Progress, Now: o.Now,
 	})
 }
 

@@ -60,11 +60,40 @@ type Options struct {
 	Objects map[string]*Objects
 	// Software files to keep: place below /software -> what to read.
 	Software map[string]SoftwareFile
-	// Workers is the number of groups and files read at once; 0: twice the processors.
-	Workers  int
+	Limits   Limits
 	Progress progress.Sink
 	// Now is the clock; nil: time.Now.
 	Now func() time.Time
+}
+
+// Limits bound the memory that a capture takes. Zero stands for the default of each.
+type Limits struct {
+	// Workers is how many groups and files are read at once, each with up to 9 MiB of buffers; 0: twice the processors,
+	// which keeps the disk busy, up to 16.
+	Workers int
+	// Compressors is how many chunks are compressed at once, each with up to 14 MiB; 0: one for each processor, since more
+	// would only cost memory.
+	Compressors int
+	// Spaces is how many spaces are read at once, each with tables of its nodes and blobs; 0: 3, because each has moments in
+	// which it waits for its last file.
+	Spaces int
+	// Ahead is how many entries of a tree are listed before they are wanted, about 300 bytes each; 0: 65,536.
+	Ahead int
+}
+
+func (l *Limits) setDefaults() {
+	if l.Workers <= 0 {
+		l.Workers = min(2*runtime.GOMAXPROCS(0), 16)
+	}
+	if l.Compressors <= 0 {
+		l.Compressors = runtime.GOMAXPROCS(0)
+	}
+	if l.Spaces <= 0 {
+		l.Spaces = 3
+	}
+	if l.Ahead <= 0 {
+		l.Ahead = 64 << 10
+	}
 }
 
 // SoftwareFile is a file on disk, or bytes, or a stream.
@@ -155,10 +184,7 @@ type Capture struct{ c *capturer }
 
 // New begins a capture and reads nothing.
 func New(r Repository, t Target, o Options) *Capture {
-	if o.Workers <= 0 {
-		// Twice the processors keep the disk busy; each holds up to 8 MiB, so not without bound.
-		o.Workers = min(2*runtime.GOMAXPROCS(0), 16)
-	}
+	o.Limits.setDefaults()
 	if o.Now == nil {
 		o.Now = time.Now
 	}
@@ -167,11 +193,11 @@ func New(r Repository, t Target, o Options) *Capture {
 	}
 	c := &capturer{
 		opts: o, repo: r, target: t,
-		slots: make(chan struct{}, o.Workers),
+		slots: make(chan struct{}, o.Limits.Workers),
 		root:  newFolder(), sets: map[int]snapshot.DataSet{}, found: map[int]snapshot.Store{}, buckets: map[int]snapshot.DataSet{},
 		next: newCache(),
 	}
-	c.saver = newSaver(t, r.ChunkerSeed(), &c.bytesRead)
+	c.saver = newSaver(t, r.ChunkerSeed(), &c.bytesRead, o.Limits)
 	c.proof.Missing = []snapshot.Missing{}
 	return &Capture{c}
 }

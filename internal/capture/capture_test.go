@@ -152,7 +152,7 @@ func TestSecondCaptureReadsNothingAndGivesTheSameTree(t *testing.T) {
 				{"without cache", capture.Options{}, true},
 				{"with nothing", capture.Options{}, true},
 				{"full scan", capture.Options{Cache: first.Cache, FullScan: true}, true},
-				{"one worker", capture.Options{Workers: 1}, true},
+				{"one worker", capture.Options{Limits: capture.Limits{Workers: 1, Compressors: 1, Spaces: 1, Ahead: 1}}, true},
 			} {
 				c.o.Now = ahead
 				res, again, st := run(t, r, inst, c.o)

@@ -9,7 +9,6 @@ import (
 	"io"
 	"io/fs"
 	"os"
-	"runtime"
 	"sync"
 	"sync/atomic"
 
@@ -93,11 +92,11 @@ const smallFile = 512 << 10
 // tarBuffer is what a stream drains at, and one entry more unless it is a large one, in bytes.
 var tarBuffer = 2*tarChunks.Max + 64<<10
 
-func newSaver(t Target, seed [32]byte, read *atomic.Int64) *saver {
-	s := &saver{target: t, read: read, busy: make(chan struct{}, runtime.GOMAXPROCS(0)), files: chunk.New(seed, fileChunks), tars: chunk.New(seed, tarChunks)}
-	s.bufs = newFreeList(fileBuffer, 2*runtime.GOMAXPROCS(0))
-	s.small = newFreeList(smallFile+1, 4*runtime.GOMAXPROCS(0))
-	s.heads = newFreeList(tarBuffer, 4*runtime.GOMAXPROCS(0))
+func newSaver(t Target, seed [32]byte, read *atomic.Int64, l Limits) *saver {
+	s := &saver{target: t, read: read, busy: make(chan struct{}, l.Compressors), files: chunk.New(seed, fileChunks), tars: chunk.New(seed, tarChunks)}
+	s.bufs = newFreeList(fileBuffer, l.Workers)
+	s.small = newFreeList(smallFile+1, l.Workers)
+	s.heads = newFreeList(tarBuffer, l.Workers)
 	return s
 }
 

@@ -44,7 +44,7 @@ func TestListing(t *testing.T) {
 	c := &capturer{started: time.Now().Add(time.Hour)}
 	w := c.newListingWriter()
 	var want []string
-	sc := &scanner{r: r, workers: 2, unreadable: func(rel string, err error) { t.Error(rel, err) }, record: w}
+	sc := &scanner{r: r, workers: 2, ahead: 1 << 16, unreadable: func(rel string, err error) { t.Error(rel, err) }, record: w}
 	if err := sc.walk(t.Context(), "", func(e *entry) error {
 		if e.path != "" {
 			want = append(want, describe(e, e.path))

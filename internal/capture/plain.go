@@ -111,7 +111,7 @@ func (c *capturer) plainSet(ctx context.Context, i int, name string) (top *snaps
 	lost := map[*snapshot.Node]bool{}
 	skip, _ := c.nested(d.Path)
 	sc := &scanner{
-		r: r, workers: 2, skip: skip,
+		r: r, workers: 2, ahead: c.opts.Limits.Ahead, skip: skip,
 		unreadable: func(rel string, err error) { c.unreadable(r.abs(rel), err) },
 	}
 	err = sc.walk(gctx, "", func(e *entry) error {

@@ -190,10 +190,10 @@ func TestSamePictureSameTree(t *testing.T) {
 	first, sn, _ := run(t, r, inst, capture.Options{Now: future})
 	for w := 1; w <= 8; w++ {
 		old := runtime.GOMAXPROCS(1 + w%4)
-		_, a, _ := run(t, r, inst, capture.Options{Now: future, Workers: w})
-		_, b, _ := run(t, r, inst, capture.Options{Now: future, Workers: w, Cache: first.Cache})
-		_, c, _ := run(t, r, inst, capture.Options{Now: future, Workers: w, Cache: first.Cache})
-		_, d, _ := run(t, r, inst, capture.Options{Now: future, Workers: w})
+		_, a, _ := run(t, r, inst, capture.Options{Now: future, Limits: capture.Limits{Workers: w}})
+		_, b, _ := run(t, r, inst, capture.Options{Now: future, Limits: capture.Limits{Workers: w}, Cache: first.Cache})
+		_, c, _ := run(t, r, inst, capture.Options{Now: future, Limits: capture.Limits{Workers: w}, Cache: first.Cache})
+		_, d, _ := run(t, r, inst, capture.Options{Now: future, Limits: capture.Limits{Workers: w}})
 		runtime.GOMAXPROCS(old)
 		for i, x := range []*snapshot.Snapshot{a, b, c, d} {
 			if *x.Tree != *sn.Tree {

@@ -25,6 +25,8 @@ type scanner struct {
 	// unreadable is told of directories and entries that cannot be read; the scan goes on.
 	unreadable func(rel string, err error)
 	workers    int
+	// ahead bounds the entries that are listed but not consumed.
+	ahead int
 	// old is what an earlier scan saw; nil: nothing is known. A directory whose times are the same is not
 	// listed again, and of its entries only those are looked at that trust does not vouch for.
 	old *listing
@@ -40,9 +42,6 @@ type scanner struct {
 	// record takes down what this scan sees; nil: nothing.
 	record *listingWriter
 }
-
-// scanAhead bounds the entries that are listed but not consumed: about 300 bytes each, 20 MB.
-const scanAhead = 64 << 10
 
 // inlineEntries: a directory with at most so many entries is listed together with what is below it,
 // since a job of its own costs more than the listing. Shard directories have one or two entries.
@@ -124,7 +123,7 @@ func (s *scanState) work() {
 	l := newLister(s.sc)
 	for {
 		s.mu.Lock()
-		for !s.stopped && (len(s.stack) == 0 || s.ahead > scanAhead) {
+		for !s.stopped && (len(s.stack) == 0 || s.ahead > s.sc.ahead) {
 			s.cond.Wait()
 		}
 		if s.stopped {

@@ -128,8 +128,7 @@ func (s *store) run(ctx context.Context, m *snapshot.Store) (*folder, error) {
 		return nil, err
 	}
 	out.put(tarNode("store.tar", tar), "")
-	// Several spaces at once, because each has moments in which it waits for its last file.
-	g, gctx := s.c.errgroup(ctx, 3)
+	g, gctx := s.c.errgroup(ctx, s.c.opts.Limits.Spaces)
 	for _, sp := range s.spaces {
 		g.Go(func() error {
 			var part *snapshotPart
@@ -249,7 +248,7 @@ func (s *store) keepSpace(spaceID string, cs *cachedSpace) {
 func (s *store) scanner(skip func(rel string) bool) *scanner {
 	nested := s.skip
 	return &scanner{
-		r: s.root, workers: 2, listed: &s.c.listed, taken: &s.c.taken,
+		r: s.root, workers: 2, ahead: s.c.opts.Limits.Ahead, listed: &s.c.listed, taken: &s.c.taken,
 		skip: func(rel string) bool {
 			return nested != nil && nested(rel) || skip != nil && skip(rel)
 		},

@@ -69,7 +69,7 @@ func (r *Repository) AdoptPacks(ctx context.Context) (Adopted, error) {
 	}
 	var mu sync.Mutex
 	g, gctx := errgroup.WithContext(ctx)
-	g.SetLimit(readers())
+	g.SetLimit(r.opts.Readers)
 	for _, o := range orphans {
 		if gctx.Err() != nil {
 			break

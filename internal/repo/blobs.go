@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"iter"
-	"runtime"
 	"slices"
 	"sync"
 
@@ -21,14 +20,14 @@ import (
 // ErrUnknownBlob is returned when no index file names a blob.
 var ErrUnknownBlob = errors.New("blob is in no index")
 
-// readers is how many files are read at once: enough to hide the latency of a server, few enough
-// that what they hold in memory (readMax each, and what it decompresses to) stays small.
-func readers() int { return min(max(runtime.GOMAXPROCS(0), 4), 16) }
+func (r *Repository) newIndex() *index.Index {
+	return index.New(index.Options{Memory: r.opts.IndexMemory, Dir: r.opts.TempDir})
+}
 
 // LoadIndex reads all index files into memory, in place of what was there. It must come before
 // everything that finds or stores blobs.
 func (r *Repository) LoadIndex(ctx context.Context) error {
-	x := index.New()
+	x := r.newIndex()
 	var mu sync.Mutex
 	err := r.eachIndex(ctx, func(_ ID, p ID, blobs []pack.Entry) error {
 		mu.Lock()
@@ -56,7 +55,7 @@ func (r *Repository) eachIndex(ctx context.Context, fn func(file, p ID, blobs []
 		return err
 	}
 	g, gctx := errgroup.WithContext(ctx)
-	g.SetLimit(readers())
+	g.SetLimit(r.opts.Readers)
 	for _, f := range files {
 		g.Go(func() error {
 			if gctx.Err() != nil {
@@ -253,7 +252,7 @@ func (r *Repository) LoadBlobs(ctx context.Context, t BlobType, ids []ID, fn fun
 	list = slices.CompactFunc(list, func(a, b want) bool { return a.id == b.id })
 
 	g, gctx := errgroup.WithContext(ctx)
-	g.SetLimit(readers())
+	g.SetLimit(r.opts.Readers)
 	for len(list) > 0 && gctx.Err() == nil {
 		// The next piece: blobs of one pack, near one another.
 		start := int64(list[0].loc.Offset)

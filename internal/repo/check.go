@@ -119,7 +119,7 @@ func packHandle(p ID) backend.Handle { return backend.Handle{Type: backend.PackF
 // hands each finding, a *CheckError, to report, one at a time, and returns an error only if it could not
 // finish. It reads the index files itself and does not need LoadIndex.
 func (r *Repository) Check(ctx context.Context, o CheckOptions, report func(error)) error {
-	c := &checker{r: r, o: o, report: report, x: index.New()}
+	c := &checker{r: r, o: o, report: report, x: r.newIndex()}
 	err := r.eachIndex(ctx, c.addPack, func(file ID, err error) error {
 		c.found(IndexDamaged, backend.Handle{Type: backend.IndexFile, Name: file.String()}, nil, err)
 		return nil
@@ -253,7 +253,7 @@ func (c *checker) readPacks(ctx context.Context, sizes []int64) error {
 	ev := progress.Event{Kind: progress.Start, Phase: "check", Unit: "packs", Total: packs, TotalBytes: bytes}
 	c.o.Progress.Emit(ev)
 	g, gctx := errgroup.WithContext(ctx)
-	g.SetLimit(readers())
+	g.SetLimit(c.r.opts.Readers)
 	for no, size := range sizes {
 		if size < 0 || c.state[no].blobs == 0 {
 			continue

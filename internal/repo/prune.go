@@ -168,7 +168,7 @@ func (r *Repository) PlanPrune(ctx context.Context, o PruneOptions, used func(ct
 	if o.MaxUnused == nil {
 		o.MaxUnused = UnusedPercent(defaultUnused)
 	}
-	p := &PrunePlan{r: r, o: o, x: index.New()}
+	p := &PrunePlan{r: r, o: o, x: r.newIndex()}
 	if err := p.load(ctx); err != nil {
 		return nil, fmt.Errorf("plan a prune of the repository at %s: %w", r.be.Location(), err)
 	}
@@ -748,7 +748,7 @@ func (p *PrunePlan) removePacks(ctx context.Context, list []ID) error {
 	var first error
 	var once sync.Once
 	g, gctx := errgroup.WithContext(ctx)
-	g.SetLimit(readers())
+	g.SetLimit(p.r.opts.Readers)
 	for _, d := range list {
 		if gctx.Err() != nil {
 			break

@@ -16,6 +16,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"runtime"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -54,8 +55,18 @@ type Options struct {
 	// Compression of new blobs; version 1 repositories never have any.
 	Compression Compression
 	// PackSize is the size in bytes at which packs are closed. Zero: 16 MiB, as restic. It is brought
-	// into the range of 1 MiB to 1 GiB. A writer needs about five times that much memory.
+	// into the range of 1 MiB to 1 GiB.
 	PackSize int64
+	// PackBuffers is how many packs of a Writer are filled, hashed or under way at a time, at least 2; zero: 5.
+	PackBuffers int
+	// Readers is how many pieces of files are read at once, each of up to 4 MiB or one blob, with the blob that becomes
+	// of it. Zero: one for each processor, 4 to 16.
+	Readers int
+	// IndexMemory is how many bytes of the index stay in memory, 48 for each blob; the rest is in a file without a name in
+	// TempDir, which is mapped. Zero: all of it.
+	IndexMemory int64
+	// TempDir is for that file; "": the system's directory for temporary files.
+	TempDir string
 	// KeyHint is the name of the key file to try first, or its beginning.
 	KeyHint string
 }
@@ -138,8 +149,16 @@ func newRepository(be backend.Backend, o Options) *Repository {
 		o.PackSize = defaultPackSize
 	}
 	o.PackSize = min(max(o.PackSize, minPackSize), maxPackSize)
+	if o.PackBuffers == 0 {
+		o.PackBuffers = defaultPackBuffers
+	}
+	o.PackBuffers = max(o.PackBuffers, 2) // both types of blob may have a pack open
+	if o.Readers <= 0 {
+		// Enough to hide the latency of a server, few enough that what they hold in memory stays small.
+		o.Readers = min(max(runtime.GOMAXPROCS(0), 4), 16)
+	}
 	return &Repository{
-		be: be, opts: o, kdf: crypto.DefaultKDF, idx: index.New(),
+		be: be, opts: o, kdf: crypto.DefaultKDF, idx: index.New(index.Options{}),
 		clock:      clock{time.Now, realSleep},
 		indexSem:   make(chan struct{}, 1),
 		indexBlobs: 50_000, indexAge: 10 * time.Minute, unlockTime: time.Minute,

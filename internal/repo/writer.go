@@ -15,11 +15,11 @@ import (
 )
 
 const (
-	// writerBuffers is how many pack buffers a Writer has: one being filled for each type of blob,
+	// defaultPackBuffers is how many pack buffers a Writer has: one being filled for each type of blob,
 	// and three being hashed and uploaded, which keeps a disk busy during its syncs. With packs of
 	// 16 MiB that bounds a Writer at 80 MiB; each goroutine in Save adds a chunk and its
 	// compressed and sealed forms (some MiB), and each blob in an open pack about 100 bytes.
-	writerBuffers = 5
+	defaultPackBuffers = 5
 	// maxPackBlobs keeps a pack's header (41 bytes a blob) well below the 16 MiB that readers take.
 	maxPackBlobs = 200_000
 	// maxBlob keeps every offset and length below 4 GiB, the limit of the format, in bytes.
@@ -70,8 +70,8 @@ type pendingPack struct {
 // NewWriter returns a Writer. ctx bounds everything it does in the background. A Writer that is
 // dropped without Flush leaves packs that no index names, which does no harm.
 func (r *Repository) NewWriter(ctx context.Context) *Writer {
-	w := &Writer{r: r, ctx: ctx, free: make(chan []byte, writerBuffers), inFlight: map[blobKey]struct{}{}, changed: make(chan struct{})}
-	for range writerBuffers {
+	w := &Writer{r: r, ctx: ctx, free: make(chan []byte, r.opts.PackBuffers), inFlight: map[blobKey]struct{}{}, changed: make(chan struct{})}
+	for range r.opts.PackBuffers {
 		w.free <- nil
 	}
 	for t := range w.packers {

@@ -23,8 +23,6 @@ const (
 	// 512 MiB are 32 packs of the usual size.
 	windowPieces = 8192
 	windowBytes  = 512 << 20
-	// windowsAtOnce lets one window be read while the last packs of another are written.
-	windowsAtOnce = 2
 )
 
 // jobState counts what is missing of a file.
@@ -62,7 +60,7 @@ type filler struct {
 func newFiller(r *run) *filler {
 	f := &filler{run: r, win: map[id.ID]*want{}}
 	f.compare.SetLimit(r.workers)
-	f.loads.SetLimit(windowsAtOnce)
+	f.loads.SetLimit(r.windows)
 	return f
 }
 

@@ -61,9 +61,9 @@ const (
 	// putsAtOnce is how many objects are compared or written at once: of small ones so many that a server
 	// which answers after 40 ms takes 1600 a second. A bucket keeps as many connections.
 	putsAtOnce = 64
-	// putRoom bounds what they hold in memory, in bytes: 64 MiB for their contents, of which one that is sent in
-	// parts has two of 16 MiB. What is read ahead of them comes on top.
-	putRoom, putMost = 64 << 20, 32 << 20
+	// putMost is the most that one holds in memory, in bytes: one that is sent in parts has two of 16 MiB. Options.ObjectRoom
+	// bounds all of them. What is read ahead of them comes on top.
+	putMost = 32 << 20
 	// putQueue is how many more may wait, so that the folders and files beside them are made meanwhile: an
 	// archive names its objects first. Each takes some 500 bytes.
 	putQueue = 32 << 10
@@ -132,7 +132,7 @@ type objectStore struct {
 	once  sync.Once
 	queue chan *job
 	puts  errgroup.Group      // who empties the queue
-	room  *semaphore.Weighted // of putRoom
+	room  *semaphore.Weighted // of Options.ObjectRoom
 	// versions: the destination keeps what is replaced.
 	versions bool
 
@@ -161,7 +161,7 @@ func (r *run) objectsOf(p *Plan, t *Target, d *dest) *objectStore {
 			s.from = m.Bucket != nil
 		}
 	}
-	s.queue, s.room = make(chan *job, putQueue), semaphore.NewWeighted(putRoom)
+	s.queue, s.room = make(chan *job, putQueue), semaphore.NewWeighted(r.objectRoom)
 	if o.Dest == nil {
 		return s
 	}

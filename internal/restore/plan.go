@@ -59,8 +59,17 @@ type Options struct {
 	// Only names the data sets to restore; empty is all.
 	Only []string
 	// Workers is how many files are compared, and archives read, at once; 0 is one per processor.
-	Workers  int
-	Progress progress.Sink
+	Workers int
+	// Windows is how many lists of contents are read at once; 0 is 2, so that one can be read while the last packs of
+	// another are written.
+	Windows int
+	// Batch is how much memory the files of a store may take whose contents are looked up together, in bytes, about 300
+	// each; two batches are under way. A larger one means that fewer trees are read twice, and that more of a pack is
+	// used at once. 0 is 64 MiB.
+	Batch int
+	// ObjectRoom bounds the contents on their way into a bucket, in bytes, 32 MiB at least; 0 is 64 MiB.
+	ObjectRoom int64
+	Progress   progress.Sink
 	// Now is the clock; nil: time.Now.
 	Now func() time.Time
 }
@@ -69,6 +78,16 @@ func (o *Options) setDefaults() {
 	if o.Workers <= 0 {
 		o.Workers = runtime.GOMAXPROCS(0)
 	}
+	if o.Windows <= 0 {
+		o.Windows = 2
+	}
+	if o.Batch <= 0 {
+		o.Batch = 64 << 20
+	}
+	if o.ObjectRoom <= 0 {
+		o.ObjectRoom = 2 * putMost
+	}
+	o.ObjectRoom = max(o.ObjectRoom, putMost)
 	if o.Now == nil {
 		o.Now = time.Now
 	}

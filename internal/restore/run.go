@@ -75,6 +75,9 @@ type run struct {
 	tree       id.ID // root of the snapshot
 	view       *View // nil: it is a snapshot that is restored
 	workers    int
+	windows    int
+	batch      int   // bytes
+	objectRoom int64 // bytes
 	dry        bool
 	sizeOnly   bool // a dry run that takes a file of the right size for right
 	trustTimes bool
@@ -101,7 +104,7 @@ type run struct {
 
 func newRun(ctx context.Context, r Repo, o *Options) *run {
 	x := &run{
-		repo: r, workers: o.Workers, dry: o.DryRun, trustTimes: o.TrustTimes, euid: os.Geteuid(),
+		repo: r, workers: o.Workers, windows: o.Windows, batch: o.Batch, objectRoom: o.ObjectRoom, dry: o.DryRun, trustTimes: o.TrustTimes, euid: os.Geteuid(),
 		owner: o.Owner, stamp: o.Now().UTC().Format(stampLayout), sink: o.Progress,
 		touched: map[dirKey]*touched{}, asides: map[string]*aside{}, warned: map[string]bool{},
 	}

@@ -164,10 +164,7 @@ func tarEntry(h *pax.Header, data io.Reader, archive string) (*entry, error) {
 // --- contents that lie in the users' trees --------------------------------------------------------
 
 const (
-	// batchBytes is how much memory the files of one batch may take, in bytes: about 300 bytes each.
-	// A larger batch means that fewer trees are read twice, and that more of a pack is used at once.
-	batchBytes = 64 << 20
-	jobBytes   = 200 // without its strings
+	jobBytes = 200 // without its strings
 	// lookupFiles is how many paths are looked up together, level by level.
 	lookupFiles = 16384
 )
@@ -208,7 +205,7 @@ func (l *lookup) add(j *job) error {
 	defer l.mu.Unlock()
 	l.batch = append(l.batch, j)
 	l.bytes += jobBytes + len(j.content) + len(j.rel)
-	if l.bytes >= batchBytes {
+	if l.bytes >= l.run.batch {
 		return l.flush()
 	}
 	return nil

@@ -3,13 +3,15 @@
 // Arithmetic: an entry is 48 bytes (ID 32, pack number, offset, length and plain length 4 each),
 // kept in blocks that are never copied. A slot of the hash table is 4 bytes, and the table is
 // 1/3 to 2/3 full: 6 to 12 bytes a blob. That is 54 to 60 bytes a blob, plus about 60 bytes a pack
-// (its ID and the map that finds its number). Nothing in it holds a pointer for the collector.
+// (its ID and the map that finds its number). The entries lie outside of Go's heap, and beyond a limit in a file that
+// is mapped.
 package index
 
 import (
 	"encoding/binary"
 	"iter"
 	"math/rand/v2"
+	"runtime"
 
 	"github.com/holdfast-backup/holdfast/internal/repo/id"
 	"github.com/holdfast-backup/holdfast/internal/repo/pack"
@@ -46,11 +48,23 @@ type Index struct {
 	packs  []id.ID
 	packNo map[id.ID]uint32
 	seed   uint64 // so that nobody can choose contents that collide in the table
+	arena  *arena
+}
+
+// Options of New. The zero value keeps everything in memory.
+type Options struct {
+	// Memory is how many bytes of entries stay in memory; 0: all. The others go into a file without a name in Dir, where the
+	// kernel keeps as much of them in memory as it likes. If that file cannot be written, they stay in memory.
+	Memory int64
+	// Dir is the directory of that file, which is made if it is missing; "": the system's for temporary files.
+	Dir string
 }
 
 // New returns an empty Index.
-func New() *Index {
-	return &Index{packNo: map[id.ID]uint32{}, seed: rand.Uint64()}
+func New(o Options) *Index {
+	x := &Index{packNo: map[id.ID]uint32{}, seed: rand.Uint64(), arena: &arena{dir: o.Dir, most: o.Memory}}
+	release(x)
+	return x
 }
 
 func (x *Index) hash(d *id.ID) uint64 {
@@ -112,6 +126,7 @@ func (x *Index) Len(t pack.BlobType) int { return int(x.tables[t].n) }
 // Add adds e as a part of pack number no. An entry that is there already is not added again, and
 // Add reports false.
 func (x *Index) Add(no uint32, e pack.Entry) bool {
+	defer runtime.KeepAlive(x)
 	t := &x.tables[e.Type]
 	if (int(t.n)+1)*3 > len(t.slots)*2 {
 		t.grow(x, int(t.n)+int(t.n)/2+1) // makes it twice as large
@@ -125,7 +140,7 @@ func (x *Index) Add(no uint32, e pack.Entry) bool {
 		}
 	}
 	if int(t.n>>blockBits) == len(t.blocks) {
-		t.blocks = append(t.blocks, new([blockSize]entry))
+		t.blocks = append(t.blocks, x.arena.block())
 	}
 	*t.at(t.n) = entry{e.ID, loc}
 	t.n++
@@ -136,6 +151,7 @@ func (x *Index) Add(no uint32, e pack.Entry) bool {
 // Lookup returns the places where a blob lies, the one added first in front.
 func (x *Index) Lookup(bt pack.BlobType, d id.ID) iter.Seq[Location] {
 	return func(yield func(Location) bool) {
+		defer runtime.KeepAlive(x)
 		t := &x.tables[bt]
 		if len(t.slots) == 0 {
 			return
@@ -151,6 +167,7 @@ func (x *Index) Lookup(bt pack.BlobType, d id.ID) iter.Seq[Location] {
 
 // First returns the first place of a blob.
 func (x *Index) First(bt pack.BlobType, d id.ID) (Location, bool) {
+	defer runtime.KeepAlive(x) // the entries go with it
 	t := &x.tables[bt]
 	if len(t.slots) == 0 {
 		return Location{}, false
@@ -176,6 +193,7 @@ func (x *Index) Find(bt pack.BlobType, d id.ID) (no uint32, ok bool) {
 // Numbers yields the numbers of all entries of a blob, in ascending order.
 func (x *Index) Numbers(bt pack.BlobType, d id.ID) iter.Seq[uint32] {
 	return func(yield func(uint32) bool) {
+		defer runtime.KeepAlive(x)
 		t := &x.tables[bt]
 		if len(t.slots) == 0 {
 			return
@@ -191,13 +209,15 @@ func (x *Index) Numbers(bt pack.BlobType, d id.ID) iter.Seq[uint32] {
 
 // At returns an entry by its number, and the number of its pack.
 func (x *Index) At(bt pack.BlobType, no uint32) (packNo uint32, e pack.Entry) {
-	n := x.tables[bt].at(no)
+	n := *x.tables[bt].at(no)
+	runtime.KeepAlive(x)
 	return n.loc.Pack, n.loc.Entry(bt, n.id)
 }
 
 // All yields every entry; its Pack number comes first.
 func (x *Index) All() iter.Seq2[uint32, pack.Entry] {
 	return func(yield func(uint32, pack.Entry) bool) {
+		defer runtime.KeepAlive(x)
 		for bt := range x.tables {
 			t := &x.tables[bt]
 			for n := range t.n {

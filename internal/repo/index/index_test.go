@@ -5,10 +5,13 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/holdfast-backup/holdfast/internal/repo/id"
 	"github.com/holdfast-backup/holdfast/internal/repo/pack"
@@ -29,7 +32,7 @@ func blob(n int) pack.Entry {
 }
 
 func TestIndexIsLikeAMap(t *testing.T) {
-	x := New()
+	x := New(Options{})
 	type key struct {
 		t pack.BlobType
 		d id.ID
@@ -78,7 +81,7 @@ func TestIndexIsLikeAMap(t *testing.T) {
 	if _, ok := x.First(0, num(1<<30)); ok {
 		t.Error("an unknown blob is found")
 	}
-	if _, ok := New().First(0, num(1)); ok {
+	if _, ok := New(Options{}).First(0, num(1)); ok {
 		t.Error("a blob is found in nothing")
 	}
 	if x.PackID(0) != num(-1) {
@@ -91,7 +94,7 @@ func TestMemoryPerBlob(t *testing.T) {
 	var before, after runtime.MemStats
 	runtime.GC()
 	runtime.ReadMemStats(&before)
-	x := New()
+	x := New(Options{})
 	for i := range n {
 		no, _ := x.Pack(num(-1 - i/20))
 		e := blob(i)
@@ -100,7 +103,7 @@ func TestMemoryPerBlob(t *testing.T) {
 	}
 	runtime.GC()
 	runtime.ReadMemStats(&after)
-	per := float64(after.HeapAlloc-before.HeapAlloc) / n
+	per := (float64(after.HeapAlloc-before.HeapAlloc) + float64(len(x.arena.regions)*regionBlocks*blockBytes)) / n
 	t.Logf("%.1f bytes a blob", per)
 	if per > 66 {
 		t.Errorf("%.1f bytes a blob", per)
@@ -287,7 +290,7 @@ func BenchmarkAdd(b *testing.B) {
 	}
 	b.ReportAllocs()
 	for b.Loop() {
-		x := New()
+		x := New(Options{})
 		for i := range list {
 			x.Add(uint32(i/20), list[i])
 		}
@@ -296,7 +299,7 @@ func BenchmarkAdd(b *testing.B) {
 }
 
 func BenchmarkFirst(b *testing.B) {
-	x := New()
+	x := New(Options{})
 	ids := make([]id.ID, 1_000_000)
 	for i := range ids {
 		e := blob(i)
@@ -310,5 +313,96 @@ func BenchmarkFirst(b *testing.B) {
 		if i += 7919; i >= len(ids) {
 			i -= len(ids)
 		}
+	}
+}
+
+// What is beyond the limit is in a file, and is found as before; also while more is added, and when there is no file.
+func TestSpill(t *testing.T) {
+	const n = 400_000 // 18 MiB
+	for _, c := range []struct {
+		name    string
+		o       Options
+		spilled bool
+	}{
+		{"all in memory", Options{}, false},
+		{"a file", Options{Memory: 1, Dir: filepath.Join(t.TempDir(), "new")}, true},
+		{"a part", Options{Memory: 9 << 20, Dir: t.TempDir()}, true},
+		{"no file", Options{Memory: 1, Dir: "/dev/null/nowhere"}, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			x := New(c.o)
+			defer func() { x = nil; runtime.GC() }() // what frees it must not hurt
+			for i := range n {
+				no, _ := x.Pack(num(-1 - i/20))
+				if !x.Add(no, blob(i)) {
+					t.Fatal("a new blob is known")
+				}
+				if i%1000 == 0 && x.Add(no, blob(i)) {
+					t.Fatal("a known blob is new")
+				}
+				if k := i / 3; i%7 == 0 {
+					e := blob(k)
+					if l, ok := x.First(e.Type, e.ID); !ok || l.Entry(e.Type, e.ID) != e {
+						t.Fatalf("blob %d of %d: %v %v", k, i, l, ok)
+					}
+				}
+			}
+			if mem := int64(len(x.arena.regions)*regionBlocks*blockBytes) - x.arena.spilled; (x.arena.spilled > 0) != c.spilled || c.spilled && mem > c.o.Memory+2*regionBlocks*int64(blockBytes) {
+				t.Errorf("%d bytes are in the file and %d in memory", x.arena.spilled, mem)
+			}
+			left, err := filepath.Glob(filepath.Join(c.o.Dir, "holdfast-index-*"))
+			if err != nil || len(left) > 0 && c.o.Dir != "" {
+				t.Errorf("left behind: %v %v", left, err)
+			}
+			for i := range n {
+				e := blob(i)
+				if l, ok := x.First(e.Type, e.ID); !ok || l.Entry(e.Type, e.ID) != e {
+					t.Fatalf("blob %d: %v %v", i, l, ok)
+				}
+			}
+			if _, ok := x.First(0, num(1<<30)); ok {
+				t.Error("an unknown blob is found")
+			}
+		})
+	}
+}
+
+// Memory outside of the heap is given back with the index.
+func TestFree(t *testing.T) {
+	mapped := func() int {
+		p, err := os.ReadFile("/proc/self/statm")
+		if err != nil {
+			t.Fatal(err)
+		}
+		pages, err := strconv.Atoi(strings.Fields(string(p))[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		return pages * os.Getpagesize()
+	}
+	before := mapped()
+	for range 40 { // 720 MiB if nothing were given back
+		x := New(Options{})
+		for i := range 100_000 {
+			e := blob(i)
+			e.Type = 0
+			x.Add(0, e)
+		}
+		for range 4 {
+			for i := range 100_000 / blockSize {
+				x.arena.block()[0].id[0] = byte(i)
+			}
+		}
+		x = nil
+		runtime.GC()
+	}
+	for try := 0; ; try++ {
+		runtime.GC()
+		if now := mapped(); now < before+200<<20 {
+			return
+		} else if try == 100 {
+			t.Fatalf("%d MiB more are mapped than before", (now-before)>>20)
+		}
+		time.Sleep(10 * time.Millisecond) // cleanups run beside
 	}
 }
