@@ -32,14 +32,17 @@ FUZZTIME ?= 30s
 fuzz:
 	scripts/fuzz.sh $(FUZZTIME)
 
-# Holdfast against restic on a generated store; needs restic and some 20 GB in SCRATCH.
+# Holdfast against restic and borg on a generated store; needs some 25 GB in SCRATCH. STEPS leaves steps out, such as
+# the restores of a million files: STEPS=first,unchanged,changed VERIFY=false.
 FILES   ?= 20000
 BYTES   ?= 4GB
 RUNS    ?= 3
 SCRATCH ?= /var/tmp/holdfast-bench
+STEPS   ?=
+VERIFY  ?= true
 bench: build deps
 	mkdir -p $(SCRATCH)
-	$(GO) run ./bench/run -holdfast ./holdfast -files $(FILES) -bytes $(BYTES) -n $(RUNS) -scratch $(SCRATCH) -o docs/BENCHMARKS.md
+	$(GO) run ./bench/run -holdfast ./holdfast -borg -files $(FILES) -bytes $(BYTES) -n $(RUNS) -steps '$(STEPS)' -verify=$(VERIFY) -scratch $(SCRATCH) -o docs/BENCHMARKS.md
 	$(GO) run ./bench/plot docs/BENCHMARKS.md docs/benchmarks.svg
 
 # For how long the service is down, on a store of 2.6 million entries; needs root, restic, btrfs-progs

@@ -2,11 +2,14 @@ package main
 
 import (
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-backup/holdfast/bench/internal/measure"
 )
@@ -17,9 +20,11 @@ const (
 	limitRead  = "reading all bytes, one thread"
 	limitHash  = "SHA-256 of as many bytes, one core"
 	limitWrite = "writing as many bytes, 16 MiB files, fsync"
+	// On virtual machines the page cache may be slower than the disk.
+	limitDirect = "writing them without the page cache (O_DIRECT), fsync"
 )
 
-var limitNames = []string{limitFind, limitRead, limitHash, limitWrite}
+var limitNames = []string{limitFind, limitRead, limitHash, limitWrite, limitDirect}
 
 // stepLimits is where the costs of the limits are kept.
 const stepLimits = "limits"
@@ -49,7 +54,12 @@ func (b *bench) limits(i int) error {
 		return err
 	}
 	b.limit(limitRead, c)
-	buf := make([]byte, 16<<20)
+	// Mapped, so that it begins at a page, which O_DIRECT wants.
+	buf, err := unix.Mmap(-1, 0, 16<<20, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON)
+	if err != nil {
+		return fmt.Errorf("map a buffer: %w", err)
+	}
+	defer unix.Munmap(buf)
 	for i := range buf {
 		buf[i] = byte(i * 7)
 	}
@@ -66,11 +76,24 @@ func (b *bench) limits(i int) error {
 	b.limit(limitHash, c)
 	dir := filepath.Join(b.scratch, "plain-write")
 	defer os.RemoveAll(dir)
-	c, err = measure.Func(func() error { return writePlain(dir, buf, size) })
+	c, err = measure.Func(func() error { return writePlain(dir, buf, size, 0) })
 	if err != nil {
 		return err
 	}
 	b.limit(limitWrite, c)
+	if err := os.RemoveAll(dir); err != nil {
+		return err
+	}
+	unix.Sync()
+	c, err = measure.Func(func() error { return writePlain(dir, buf, size, unix.O_DIRECT) })
+	if errors.Is(err, unix.EINVAL) {
+		fmt.Fprintln(b.log, "this filesystem cannot write without the page cache")
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	b.limit(limitDirect, c)
 	return nil
 }
 
@@ -79,17 +102,24 @@ func (b *bench) limit(name string, c measure.Cost) {
 	b.add(stepLimits, name, c)
 }
 
-func writePlain(dir string, buf []byte, size int64) error {
+// writePlain writes size bytes; with O_DIRECT among the flags they are rounded up to whole blocks.
+func writePlain(dir string, buf []byte, size int64, flags int) error {
+	const block = 4096
+
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
 	for i := 0; size > 0; i++ {
-		f, err := os.Create(filepath.Join(dir, fmt.Sprint(i)))
+		f, err := os.OpenFile(filepath.Join(dir, fmt.Sprint(i)), os.O_WRONLY|os.O_CREATE|os.O_EXCL|flags, 0o600)
 		if err != nil {
 			return err
 		}
 		n := min(size, int64(len(buf)))
-		_, err = f.Write(buf[:n])
+		part := n
+		if flags&unix.O_DIRECT != 0 {
+			part = (n + block - 1) / block * block
+		}
+		_, err = f.Write(buf[:part])
 		if err == nil {
 			err = f.Sync()
 		}

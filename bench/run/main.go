@@ -45,6 +45,7 @@ type options struct {
 	changed  float64
 	tools    string
 	borg     bool
+	steps    string
 	verify   bool
 	keep     bool
 	cold     bool
@@ -79,11 +80,12 @@ func parse(args []string, stderr *os.File) (*options, error) {
 	f.Var(&o.bytes, "bytes", "size of all blobs together, such as 4GB")
 	f.Uint64Var(&o.seed, "seed", 1, "seed of the store")
 	f.IntVar(&o.spaces, "spaces", 0, "users' spaces; 0: one for 500 files")
-	f.IntVar(&o.runs, "n", 3, "runs of each step")
+	f.IntVar(&o.runs, "n", 3, "runs of each step, but one of those that take more than 5 minutes")
 	f.Float64Var(&o.changed, "changed", 0.01, "fraction of the files that the step \"changed\" changes")
 	f.StringVar(&o.tools, "tools", "holdfast,restic", "programs to measure, in this order")
 	f.BoolVar(&o.borg, "borg", false, "measure borg too")
-	f.BoolVar(&o.verify, "verify", true, "compare what was restored and check the repositories, outside the timing")
+	f.StringVar(&o.steps, "steps", "", "steps to measure, of: "+strings.Join(stepKeys(), ",")+"; a first backup is made in any case (default: all)")
+	f.BoolVar(&o.verify, "verify", true, "restore each kind of snapshot once and compare it with the store, and check the repositories with all their data; outside the timing")
 	f.BoolVar(&o.keep, "keep", false, "leave repositories and restored files behind")
 	f.BoolVar(&o.cold, "cold", true, "drop the page cache before the steps that are to be cold; needs root, and all of the machine feels it")
 	f.BoolVar(&o.downtime, "downtime", false, "measure for how long the service is down instead, on ext4 and btrfs on loop devices; needs root")
@@ -108,6 +110,9 @@ func parse(args []string, stderr *os.File) (*options, error) {
 	case o.runs < 1 || o.files < 1 || o.bytes < 1:
 		return nil, errors.New("-n, -files and -bytes must be at least 1")
 	}
+	if _, err := parseSteps(o.steps); err != nil {
+		return nil, err
+	}
 	if o.borg && !strings.Contains(o.tools, "borg") {
 		o.tools += ",borg"
 	}
@@ -128,6 +133,10 @@ type bench struct {
 	free    measure.Space
 	notes   []string
 	warm    bool // the page cache was not dropped
+	// mutations is how often the store was changed.
+	mutations int
+	wanted    map[string]bool
+	checked   map[string]bool // steps and programs whose snapshot was compared with the store
 }
 
 // usage is what a repository takes.
@@ -149,6 +158,45 @@ const (
 
 var steps = []string{stepFirst, stepUnchanged, stepChanged, stepRestore, stepSpace, stepFile, stepList, stepCheck}
 
+// stepNames are the steps' names in -steps.
+var stepNames = map[string]string{
+	stepFirst: "first", stepUnchanged: "unchanged", stepChanged: "changed", stepRestore: "restore",
+	stepSpace: "space", stepFile: "file", stepList: "list", stepCheck: "check",
+}
+
+func stepKeys() []string {
+	var out []string
+	for _, s := range steps {
+		out = append(out, stepNames[s])
+	}
+	return out
+}
+
+// parseSteps reads -steps.
+func parseSteps(list string) (map[string]bool, error) {
+	out := map[string]bool{stepFirst: true} // nothing goes without
+	if list == "" {
+		list = strings.Join(stepKeys(), ",")
+	}
+	for key := range strings.SplitSeq(list, ",") {
+		i := slices.Index(stepKeys(), strings.TrimSpace(key))
+		if i < 0 {
+			return nil, fmt.Errorf("-steps names %q: there are %s", key, strings.Join(stepKeys(), ", "))
+		}
+		out[steps[i]] = true
+	}
+	return out, nil
+}
+
+// long is from when on one run of a step is enough.
+const long = 5 * time.Minute
+
+// due tells whether a program is to run a step once more.
+func (b *bench) due(step string, t *tool) bool {
+	costs := b.costs[step][t.name]
+	return b.wanted[step] && len(costs) < b.o.runs && !slices.ContainsFunc(costs, func(c measure.Cost) bool { return c.Wall > long })
+}
+
 // ofStore are the steps that read the store.
 var ofStore = []string{stepFirst, stepUnchanged, stepChanged}
 
@@ -163,7 +211,10 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *os.File) 
 	if o.remote {
 		return runRemote(ctx, o, stdout, stderr)
 	}
-	b := &bench{ctx: ctx, o: o, log: stderr, costs: map[string]map[string][]measure.Cost{}, usage: map[string]map[string]usage{}}
+	b := &bench{ctx: ctx, o: o, log: stderr, costs: map[string]map[string][]measure.Cost{}, usage: map[string]map[string]usage{}, checked: map[string]bool{}}
+	if b.wanted, err = parseSteps(o.steps); err != nil {
+		return err
+	}
 	if err := b.prepare(); err != nil {
 		return err
 	}
@@ -244,61 +295,100 @@ func (b *bench) measure() error {
 			return err
 		}
 		for _, t := range b.tools {
-			if err := t.remove(); err != nil {
-				return err
+			// A first backup begins a new repository; the rest of the runs would only be of the unchanged store.
+			if b.due(stepFirst, t) {
+				if err := errors.Join(t.remove(), t.init()); err != nil {
+					return err
+				}
+				if err := b.backup(stepFirst, t); err != nil {
+					return err
+				}
 			}
-			if err := t.init(); err != nil {
-				return err
-			}
-			for _, step := range []string{stepFirst, stepUnchanged} {
-				if err := b.timed(step, t, t.backup); err != nil {
+			if b.due(stepUnchanged, t) {
+				if err := b.backup(stepUnchanged, t); err != nil {
 					return err
 				}
 			}
 		}
 	}
+	behind := map[*tool]bool{}
 	for range b.o.runs {
+		if !slices.ContainsFunc(b.tools, func(t *tool) bool { return b.due(stepChanged, t) }) {
+			break
+		}
 		c, err := storegen.Mutate(b.ctx, b.store, b.o.seed, b.o.changed)
 		if err != nil {
 			return err
 		}
+		b.mutations++
 		fmt.Fprintf(b.log, "changed %d files: %+v\n", c.Total(), *c)
 		for _, t := range b.tools {
-			if err := b.timed(stepChanged, t, t.backup); err != nil {
+			if behind[t] = !b.due(stepChanged, t); behind[t] {
+				continue
+			}
+			if err := b.backup(stepChanged, t); err != nil {
 				return err
 			}
 		}
 	}
-	for i := range b.o.runs {
+	for _, t := range b.tools {
+		if behind[t] { // what is restored from here on is that of the store as it is now
+			fmt.Fprintf(b.log, "%s: backing up the last changes, which is not measured\n", t.name)
+			if _, err := t.backup(); err != nil {
+				return err
+			}
+		}
+	}
+	for range b.o.runs {
 		for _, t := range b.tools {
+			if !b.due(stepRestore, t) {
+				continue
+			}
 			if err := b.afresh(t); err != nil {
 				return err
 			}
 			if err := b.timed(stepRestore, t, t.restore); err != nil {
 				return err
 			}
-			if b.o.verify && i == 0 {
-				if err := b.compare(t); err != nil {
-					return err
-				}
+			if err := b.compareOnce(stepRestore, t); err != nil {
+				return err
 			}
 			if err := os.RemoveAll(t.restored()); err != nil {
 				return err
 			}
 		}
 	}
-	if err := b.parts(); err != nil {
+	return b.parts()
+}
+
+// backup measures a backup, and after the first one of its kind looks whether what it made is right.
+func (b *bench) backup(step string, t *tool) error {
+	if err := b.timed(step, t, t.backup); err != nil {
 		return err
 	}
-	if b.o.verify {
-		for _, t := range b.tools {
-			fmt.Fprintf(b.log, "%s: checking the repository\n", t.name)
-			if err := t.check(); err != nil {
-				return err
-			}
-		}
+	if !b.o.verify || b.checked[step+t.name] {
+		return nil
 	}
-	return nil
+	if err := b.afresh(t); err != nil {
+		return err
+	}
+	fmt.Fprintf(b.log, "%s, %s: restoring the snapshot and checking the repository\n", t.name, step)
+	if _, err := t.restore(); err != nil {
+		return fmt.Errorf("%s, restore after %q: %w", t.name, step, err)
+	}
+	if err := b.compareOnce(step, t); err != nil {
+		return err
+	}
+	return errors.Join(os.RemoveAll(t.restored()), t.check())
+}
+
+// compareOnce compares what was restored with the store, if it was not done for this step and program.
+func (b *bench) compareOnce(step string, t *tool) error {
+	if !b.o.verify || b.checked[step+t.name] {
+		return nil
+	}
+	b.checked[step+t.name] = true
+	return b.compare(step, t)
 }
 
 // timed runs one step of one program once.
@@ -344,8 +434,8 @@ func (b *bench) add(step, who string, c measure.Cost) {
 }
 
 // compare holds what was restored against the store.
-func (b *bench) compare(t *tool) error {
-	fmt.Fprintf(b.log, "%s: comparing what was restored\n", t.name)
+func (b *bench) compare(step string, t *tool) error {
+	fmt.Fprintf(b.log, "%s, %s: comparing what was restored\n", t.name, step)
 	var all []string
 	for _, part := range []string{"data", "config"} {
 		// The other programs write holes out; everything else must be equal.
@@ -358,13 +448,13 @@ func (b *bench) compare(t *tool) error {
 	if len(all) == 0 {
 		return nil
 	}
-	text := fmt.Sprintf("%s restored something else than it backed up:\n%s", t.name, strings.Join(all, "\n"))
+	text := fmt.Sprintf("%s, %s: restored something else than was backed up:\n%s", t.name, step, strings.Join(all, "\n"))
 	if t.name == "holdfast" {
 		return errors.New(text)
 	}
 	// That of another program is worth a word, and does not stop the measuring.
 	fmt.Fprintln(b.log, text)
-	b.notes = append(b.notes, fmt.Sprintf("What %s restored differs from the store in at least %d places.", t.name, len(all)))
+	b.notes = append(b.notes, fmt.Sprintf("What %s restored (%s) differs from the store in at least %d places.", t.name, step, len(all)))
 	return nil
 }
 

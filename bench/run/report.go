@@ -29,18 +29,14 @@ func (b *bench) report() string {
 		m.cpu, runtime.NumCPU(), measure.Size(m.memory), m.filesystem, m.kernel, runtime.Version())
 	fmt.Fprintf(&w, "The store: %s user files in %d spaces with %s folders, %s revisions, %s files in the trash, %s blobs.\n", thousands(int64(s.Files)), s.Spaces,
 		thousands(int64(s.Folders)), thousands(int64(s.Revisions)), thousands(int64(s.Trashed)), thousands(int64(s.Blobs)))
-	fmt.Fprintf(&w, "All programs worked on the same store in the same run, in turn; page cache warm (the whole store is read once before each backup; dropped, with the programs' own caches, before the steps that are called cold), written data flushed before each step. Of one space Holdfast restores what users see, the others the directory of the storage; the file is the same. Median of %s, lowest and highest in brackets.\n\n", runsText(b.o.runs))
-	w.WriteString("| step | program | wall s | user + system CPU s | peak memory | wall against restic |\n|---|---|---:|---:|---:|---:|\n")
+	fmt.Fprintf(&w, "All programs worked on the same store in the same run, in turn; page cache warm (the whole store is read once before each backup; dropped, with the programs' own caches, before the steps that are called cold), written data flushed before each step. Of one space Holdfast restores what users see, the others the directory of the storage; the file is the same. Median of %s, lowest and highest in brackets; what took more than 5 minutes ran once.\n\n", runsText(b.o.runs))
+	w.WriteString("| step | program | wall s | user + system CPU s | peak memory | wall against restic | CPU against restic |\n|---|---|---:|---:|---:|---:|---:|\n")
 	for _, step := range steps {
-		base := measure.Seconds(b.costs[step]["restic"], wall).Median
+		base := b.costs[step]["restic"]
 		for _, t := range b.tools {
 			costs := b.costs[step][t.name]
 			if len(costs) == 0 {
 				continue
-			}
-			ratio := "–"
-			if base > 0 && t.name != "restic" {
-				ratio = strconv.FormatFloat(measure.Seconds(costs, wall).Median/base, 'f', 3, 64)
 			}
 			peaks := make([]float64, len(costs))
 			for i, c := range costs {
@@ -50,29 +46,48 @@ func (b *bench) report() string {
 			if step == stepChanged {
 				name = fmt.Sprintf("%g %% changed", b.o.changed*100)
 			}
-			fmt.Fprintf(&w, "| %s | %s | %s | %s | %s | %s |\n", name, t.name, spread(measure.Seconds(costs, wall)), spread(measure.Seconds(costs, measure.Cost.CPU)),
-				measure.Size(int64(measure.Of(peaks).Max)), ratio)
+			fmt.Fprintf(&w, "| %s | %s | %s | %s | %s | %s | %s |\n", name, t.name, spread(measure.Seconds(costs, wall)), spread(measure.Seconds(costs, measure.Cost.CPU)),
+				measure.Size(int64(measure.Of(peaks).Max)), against(t, median(costs, wall), median(base, wall)), against(t, median(costs, measure.Cost.CPU), median(base, measure.Cost.CPU)))
 		}
 	}
-	w.WriteString("\n| repository | program | bytes | files | index entries |\n|---|---|---:|---:|---:|\n")
+	w.WriteString("\n| repository | program | bytes | files | index entries | bytes against restic | entries against restic |\n|---|---|---:|---:|---:|---:|---:|\n")
 	for _, step := range []string{stepFirst, stepChanged} {
 		after := "after the first backup"
 		if step == stepChanged {
-			after = fmt.Sprintf("after %s of changes", runsText(b.o.runs))
+			after = fmt.Sprintf("after %s of changes", runsText(b.mutations))
 		}
+		base := b.usage[step]["restic"]
 		for _, t := range b.tools {
-			u := b.usage[step][t.name]
+			u, ok := b.usage[step][t.name]
+			if !ok {
+				continue
+			}
 			entries := "–"
 			if u.entries >= 0 {
 				entries = thousands(u.entries)
 			}
-			fmt.Fprintf(&w, "| %s | %s | %s | %s | %s |\n", after, t.name, thousands(u.bytes), thousands(u.files), entries)
+			fmt.Fprintf(&w, "| %s | %s | %s | %s | %s | %s | %s |\n", after, t.name, thousands(u.bytes), thousands(u.files), entries,
+				against(t, float64(u.bytes), float64(base.bytes)), against(t, float64(u.entries), float64(base.entries)))
 		}
 	}
 	w.WriteString("\n| physical limit | wall s | user + system CPU s |\n|---|---:|---:|\n")
 	for _, name := range limitNames {
 		costs := b.costs[stepLimits][name]
+		if len(costs) == 0 {
+			continue
+		}
 		fmt.Fprintf(&w, "| %s | %s | %s |\n", name, spread(measure.Seconds(costs, wall)), spread(measure.Seconds(costs, measure.Cost.CPU)))
+	}
+	if find := median(b.costs[stepLimits][limitFind], wall); find > 0 {
+		var list []string
+		for _, t := range b.tools {
+			if costs := b.costs[stepUnchanged][t.name]; len(costs) > 0 {
+				list = append(list, fmt.Sprintf("%s %.2f", t.name, median(costs, wall)/find))
+			}
+		}
+		if len(list) > 0 {
+			fmt.Fprintf(&w, "\nA backup of the unchanged store takes as many times as long as find: %s.\n", strings.Join(list, ", "))
+		}
 	}
 	w.WriteString("\nPrograms:")
 	for i, t := range b.tools {
@@ -83,11 +98,11 @@ func (b *bench) report() string {
 	}
 	w.WriteString(".\n")
 	if b.o.verify {
-		w.WriteString("Afterwards each repository was checked with all its data")
+		w.WriteString("After the first backup of each kind (first, unchanged, changed), outside of the timing, the repository was checked with all its data")
 		if b.has("holdfast") && b.has("restic") {
 			w.WriteString(" (Holdfast's by restic as well)")
 		}
-		w.WriteString(", and what was restored was compared with the store: names, contents, modes, owners, times to the nanosecond, attributes, links.\n")
+		w.WriteString(", and the snapshot was restored and compared with the store: names, contents, modes, owners, times to the nanosecond, attributes, links.\n")
 	}
 	for _, n := range b.notes {
 		fmt.Fprintf(&w, "%s\n", n)
@@ -95,6 +110,9 @@ func (b *bench) report() string {
 	fmt.Fprintf(&w, "\n    go build -o holdfast ./cmd/holdfast\n    go run ./bench/run -files %d -bytes %dB", b.o.files, int64(b.o.bytes))
 	if b.o.spaces != 0 {
 		fmt.Fprintf(&w, " -spaces %d", b.o.spaces)
+	}
+	if b.o.steps != "" {
+		fmt.Fprintf(&w, " -steps %s", b.o.steps)
 	}
 	fmt.Fprintf(&w, " -seed %d -n %d -tools %s -scratch DIR -o docs/BENCHMARKS.md\n", b.o.seed, b.o.runs, b.o.tools)
 	for _, t := range b.tools {
@@ -118,6 +136,18 @@ func (b *bench) has(name string) bool {
 		}
 	}
 	return false
+}
+
+func median(costs []measure.Cost, what func(measure.Cost) time.Duration) float64 {
+	return measure.Seconds(costs, what).Median
+}
+
+// against is the ratio of a program's value to restic's.
+func against(t *tool, v, restic float64) string {
+	if t.name == "restic" || v <= 0 || restic <= 0 {
+		return "–"
+	}
+	return strconv.FormatFloat(v/restic, 'f', 3, 64)
 }
 
 func wall(c measure.Cost) time.Duration { return c.Wall }

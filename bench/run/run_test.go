@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/holdfast-backup/holdfast/bench/internal/measure"
 )
 
 // build builds the program that is measured.
@@ -39,7 +41,7 @@ func TestRun(t *testing.T) {
 	text := out.String()
 	for _, want := range []string{"## 60 files, 500 kB", "| first backup | restic | ", "| unchanged | restic |", "| 10 % changed | restic |", "| restore all | restic |",
 		"| restore one space | holdfast | ", "| show one file, cold | holdfast | ", "| list a folder, cold | restic | ", "| check | holdfast | ",
-		"| find with lstat of all entries |", "| SHA-256 of as many bytes, one core |", "| after the first backup | restic |", "restic 0.", "go run ./bench/run -files 60 -bytes 500000B"} {
+		"| find with lstat of all entries |", "| writing as many bytes, 16 MiB files, fsync |", "takes as many times as long as find: holdfast ", "CPU against restic", "bytes against restic | entries against restic", "| SHA-256 of as many bytes, one core |", "| after the first backup | restic |", "restic 0.", "go run ./bench/run -files 60 -bytes 500000B"} {
 		if !strings.Contains(text, want) {
 			t.Errorf("the report lacks %q:\n%s", want, text)
 		}
@@ -50,6 +52,18 @@ func TestRun(t *testing.T) {
 	if strings.Contains(text, "differs from the store") || !strings.Contains(text, "was not dropped") {
 		t.Error(text)
 	}
+	// Each kind of snapshot was restored and checked.
+	said, err := os.ReadFile(log.Name())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tool := range []string{"holdfast", "restic"} {
+		for _, step := range []string{stepFirst, stepUnchanged, stepChanged, stepRestore} {
+			if want := tool + ", " + step + ": comparing what was restored"; strings.Count(string(said), want) != 1 {
+				t.Errorf("the log does not say once %q:\n%s", want, said)
+			}
+		}
+	}
 	// What was measured is gone, the store is kept.
 	left, err := os.ReadDir(filepath.Join(scratch, "s"))
 	if err != nil || len(left) != 1 || !strings.HasPrefix(left[0].Name(), "store-60-") {
@@ -58,6 +72,44 @@ func TestRun(t *testing.T) {
 	saved, err := os.ReadFile(page)
 	if err != nil || !strings.Contains(string(saved), text) {
 		t.Errorf("the page holds something else: %v", err)
+	}
+}
+
+// TestSteps leaves steps out, and runs once what takes long.
+func TestSteps(t *testing.T) {
+	scratch := t.TempDir()
+	program := build(t, scratch)
+	log, err := os.Create(filepath.Join(scratch, "log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer log.Close()
+	var out bytes.Buffer
+	args := []string{"-holdfast", program, "-tools", "holdfast", "-files", "20", "-bytes", "200kB", "-spaces", "3", "-n", "2", "-changed", "0.1", "-steps", "unchanged,check",
+		"-verify=false", "-scratch", filepath.Join(scratch, "s")}
+	if err := run(t.Context(), args, &out, log); err != nil {
+		said, _ := os.ReadFile(log.Name())
+		t.Fatalf("%v\n%s", err, said)
+	}
+	text := out.String()
+	for want, is := range map[string]bool{"| first backup | holdfast |": true, "| unchanged | holdfast |": true, "| check | holdfast |": true,
+		"| restore all |": false, "cold |": false, "| after 0 runs": false, "-steps unchanged,check ": true} {
+		if strings.Contains(text, want) != is {
+			t.Errorf("%q is in the report: %v:\n%s", want, !is, text)
+		}
+	}
+
+	holdfast, restic := &tool{name: "holdfast"}, &tool{name: "restic"}
+	b := &bench{o: &options{runs: 3}, wanted: map[string]bool{stepFirst: true}, costs: map[string]map[string][]measure.Cost{}}
+	b.add(stepFirst, "holdfast", measure.Cost{Wall: 4 * time.Minute})
+	b.add(stepFirst, "restic", measure.Cost{Wall: 6 * time.Minute})
+	if !b.due(stepFirst, holdfast) || b.due(stepFirst, restic) || b.due(stepCheck, holdfast) {
+		t.Errorf("due: %v %v %v", b.due(stepFirst, holdfast), b.due(stepFirst, restic), b.due(stepCheck, holdfast))
+	}
+	b.add(stepFirst, "holdfast", measure.Cost{Wall: 4 * time.Minute})
+	b.add(stepFirst, "holdfast", measure.Cost{Wall: 4 * time.Minute})
+	if b.due(stepFirst, holdfast) {
+		t.Error("a fourth run of three is due")
 	}
 }
 
@@ -115,6 +167,7 @@ func TestRefusals(t *testing.T) {
 		"argument":       {[]string{"-scratch", dir, "x"}, "unexpected argument"},
 		"size":           {[]string{"-scratch", dir, "-bytes", "many"}, "is no size"},
 		"runs":           {[]string{"-scratch", dir, "-n", "0"}, "at least 1"},
+		"unknown step":   {[]string{"-scratch", dir, "-steps", "first,second"}, "-steps names \"second\": there are first, unchanged, changed, restore"},
 		"unknown tool":   {[]string{"-scratch", dir, "-tools", "rsync"}, "holdfast, restic and borg are known"},
 		"missing binary": {[]string{"-scratch", dir, "-tools", "holdfast", "-holdfast", filepath.Join(dir, "holdfast")}, "go build -o holdfast ./cmd/holdfast"},
 		"too large":      {[]string{"-scratch", dir, "-tools", "restic", "-files", "10", "-bytes", "900000TB"}, "are needed"},
