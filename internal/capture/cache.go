@@ -42,6 +42,7 @@ type cachedSpace struct {
 	// live: made or checked by this process, under the lock that still holds. It is not saved.
 	live   bool
 	counts counts
+	rules  uint64 // what was left out
 	// spare counts the objects of a bucket that nothing refers to, as of the last listing.
 	spare spareCount
 }
@@ -98,7 +99,7 @@ func (c *Cache) DropStore(name string) {
 }
 
 // cacheMagic names the format; another number is another format, and then the cache is not used.
-const cacheMagic = "holdfast cache 6\n"
+const cacheMagic = "holdfast cache 7\n"
 
 // LoadCache reads the cache at path. Anything wrong with it gives an empty cache and an error worth
 // a line at the most.
@@ -133,6 +134,7 @@ func LoadCache(path string) (*Cache, error) {
 		s.nodesSeen, s.blobsSeen = d.bytes(), d.bytes()
 		s.spare = spareCount{listed: d.bool(), objects: d.int(), bytes: d.int(), captured: d.int()}
 		s.counts = counts{d.int(), d.int(), d.int(), d.int()}
+		s.rules = uint64(d.int())
 		c.spaces[key] = s
 	}
 	for n := d.count(); n > 0 && !d.bad; n-- {
@@ -216,6 +218,7 @@ func (c *Cache) write(f io.Writer) error {
 		for _, n := range []int64{s.counts.metaEntries, s.counts.metaBytes, s.counts.blobEntries, s.counts.blobBytes} {
 			e.int(n)
 		}
+		e.int(int64(s.rules))
 	}
 	e.count(len(c.plain))
 	for key, pl := range c.plain {

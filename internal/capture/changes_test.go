@@ -182,6 +182,62 @@ func TestListedEqualsFull(t *testing.T) {
 	}
 }
 
+// TestListedEqualsFullPosix is the same for the posix driver, whose spaces are taken over as a whole or not at all.
+func TestListedEqualsFullPosix(t *testing.T) {
+	for _, viewed := range []bool{false, true} {
+		t.Run(fmt.Sprintf("view=%v", viewed), func(t *testing.T) {
+			view := onBtrfs(t)
+			p := newPx(t)
+			spaces := p.path("data/storage/users/projects")
+			for i := range 12 {
+				id := fmt.Sprintf("space%d", i)
+				q := &px{p.tinyStore, filepath.Join(spaces, id)}
+				p.check(os.Mkdir(q.root, 0o700))
+				q.attr("", "id", id, "space.id", id, "space.alias", "project/"+id, "space.type", "project", "type", "2")
+				for k := range 10 {
+					q.pfile(fmt.Sprintf("f%d/g/file%d", k%3, k), fmt.Sprintf("%s-%d", id, k), fmt.Sprintf("%s-blob%d", id, k), fmt.Sprint(id, k))
+				}
+			}
+			r, _ := newRepo(t)
+			o := capture.Options{Now: future}
+			seed := uint64(time.Now().UnixNano())
+			t.Logf("seed %d", seed)
+			rng := rand.New(rand.NewPCG(seed, 3))
+			taken := 0
+			for round := range 14 {
+				if round == 3 { // through a memory map, without a change of time
+					f, err := os.OpenFile(filepath.Join(spaces, "space1/f0/g/file3"), os.O_RDWR, 0)
+					p.check(err)
+					m, err := unix.Mmap(int(f.Fd()), 0, 4, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+					p.check(err)
+					m[0] = 'X'
+					p.check(errors.Join(unix.Munmap(m), f.Close()))
+				} else if round > 3 {
+					vandalize(t, rng, p.path("data/storage/users"), 1+rng.IntN(6))
+				}
+				if viewed {
+					o.View, o.PictureAt = view(), future()
+				}
+				got, inc, _ := run(t, r, p.inst, o)
+				want, full, _ := run(t, r, p.inst, capture.Options{Now: future, FullScan: true, View: o.View, PictureAt: o.PictureAt})
+				if *inc.Tree != *full.Tree {
+					t.Fatalf("round %d: the capture by the list gives another tree than the full one", round)
+				}
+				if a, b := got.Stats, want.Stats; a.Entries != b.Entries || a.Files != b.Files || a.Bytes != b.Bytes || b.EntriesTaken != 0 {
+					t.Errorf("round %d: %+v, and %+v by the full capture", round, a, b)
+				}
+				if got.Stats.EntriesTaken > 50 {
+					taken++
+				}
+				o.Cache = reload(t, got.Cache)
+			}
+			if taken < 8 {
+				t.Errorf("the list was of use in %d rounds", taken)
+			}
+		})
+	}
+}
+
 // vandalize makes n random changes below dir: also such as no server makes.
 func vandalize(t *testing.T, rng *rand.Rand, dir string, n int) {
 	t.Helper()
@@ -190,7 +246,7 @@ func vandalize(t *testing.T, rng *rand.Rand, dir string, n int) {
 		switch {
 		case err != nil:
 			return err
-		case d.IsDir() && path != dir && strings.Contains(path, "/spaces/"):
+		case d.IsDir() && (strings.Contains(path, "/spaces/") || strings.Contains(path, "/projects/")):
 			dirs = append(dirs, path)
 		case d.Type().IsRegular() && !strings.HasSuffix(path, ".mlock"): // whose mode is nobody's concern
 			files = append(files, path)
@@ -207,7 +263,7 @@ func vandalize(t *testing.T, rng *rand.Rand, dir string, n int) {
 		case 0:
 			_ = os.WriteFile(name, []byte(name), 0o600)
 		case 1:
-			if strings.Contains(f, "/nodes/") {
+			if !strings.Contains(f, "/blobs/") {
 				_ = os.WriteFile(f, []byte{0x80}, 0o600)
 			}
 		case 2:

@@ -157,7 +157,7 @@ type decomposed struct {
 
 func (s *store) decomposedSpace(ctx context.Context, sp *space) (*snapshotPart, error) {
 	d := &decomposed{store: s, sp: sp, old: s.cached(sp.id)}
-	if part := d.untouched(); part != nil {
+	if part := s.untouched(sp, d.old); part != nil {
 		return part, nil
 	}
 	var n counts
@@ -292,52 +292,6 @@ func SpaceOf(rel string) string {
 // Touched reports whether the space in the directory rel is among changed, which SpaceOf named.
 func Touched(changed map[string]bool, rel string) bool {
 	return changed[rel] || changed[path.Dir(rel)] || changed["spaces"] || changed[""]
-}
-
-// untouched returns the result of the last capture if nothing in the space has changed since that capture
-// began, and nil if it has to be looked at. Who knows is a watch, of captures in this process, or the file
-// system's list.
-func (d *decomposed) untouched() *snapshotPart {
-	old := d.old
-	if d.c.opts.FullScan || old.folder != d.sp.folder || len(old.result) == 0 ||
-		old.print == [32]byte{} || // something could not be read, or had just changed
-		d.obj != nil && !d.obj.LockUntil.IsZero() { // the warm pass locks nothing
-		return nil
-	}
-	watched := old.live && d.c.part.Unchanged != nil && d.c.part.Unchanged(path.Join(d.s.Root, d.sp.rel))
-	if !watched && (d.changed == nil || d.changed.Touched(d.sp.rel)) {
-		return nil
-	}
-	part, err := decodePart(old.result)
-	if err != nil || !d.c.hasTrees(part.trees) || !old.live && !d.stillGood(part) {
-		return nil
-	}
-	d.count(old.counts)
-	n := old.counts.metaEntries + old.counts.blobEntries
-	d.c.entries.Add(n)
-	d.c.taken.Add(n)
-	cs := *old
-	cs.live = true
-	d.keepSpace(d.sp.id, &cs)
-	part.spare = old.spare
-	return part
-}
-
-// stillGood reports whether what an earlier process remembered of the space is complete in the repository,
-// and was read as it would be now.
-func (d *decomposed) stillGood(part *snapshotPart) bool {
-	if readListing(d.old.nodesSeen, d.rules) == nil || !d.c.hasAll(part.tar.ids) {
-		return false
-	}
-	if o := d.obj; o != nil && (o.CountSpare || o.KeepSpare || d.old.spare.listed && d.old.spare.captured > 0) {
-		return false
-	}
-	for _, g := range d.old.groups {
-		if !d.c.hasAll(g.ids) || !d.c.hasAll(g.needs) {
-			return false
-		}
-	}
-	return true
 }
 
 // changes returns the list of changes if it tells of the directory rel: not if another one was there.

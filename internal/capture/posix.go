@@ -123,6 +123,9 @@ type posix struct {
 
 func (s *store) posixSpace(ctx context.Context, sp *space) (*snapshotPart, error) {
 	p := &posix{store: s, sp: sp, old: s.cached(sp.id), infos: map[string]ocis.TrashInfo{}, twins: map[string]int{}, paths: map[string]string{}}
+	if part := s.untouched(sp, p.old); part != nil {
+		return part, nil
+	}
 	defer func() { s.count(p.n) }()
 	if len(p.old.groups) > 0 {
 		p.known = map[string]*blobRec{}
@@ -215,7 +218,7 @@ func (s *store) posixSpace(ctx context.Context, sp *space) (*snapshotPart, error
 	}
 	if same {
 		if part, err := decodePart(p.old.result); err == nil && s.c.hasTrees(part.trees) {
-			s.remember(sp.id, &cachedSpace{folder: sp.folder, print: sum, result: p.old.result}, groups)
+			s.remember(sp.id, &cachedSpace{folder: sp.folder, print: sum, counts: p.n, result: p.old.result}, groups)
 			return part, nil
 		}
 	}
@@ -227,7 +230,7 @@ func (s *store) posixSpace(ctx context.Context, sp *space) (*snapshotPart, error
 	if part.tar, err = s.finishTar(ctx, groups); err != nil {
 		return nil, err
 	}
-	cs := &cachedSpace{folder: sp.folder, print: sum}
+	cs := &cachedSpace{folder: sp.folder, print: sum, counts: p.n}
 	if part.perfect {
 		cs.result = encodePart(part)
 	}

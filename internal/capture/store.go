@@ -233,8 +233,54 @@ func (s *store) remember(spaceID string, cs *cachedSpace, groups []*group) {
 	for _, g := range groups {
 		cs.groups[g.first] = g
 	}
-	cs.live = true
+	cs.live, cs.rules = true, s.rules
 	s.keepSpace(spaceID, cs)
+}
+
+// untouched returns the result of the last capture if nothing in the space has changed since that capture
+// began, and nil if it has to be looked at. Who knows is a watch, of captures in this process, or the file
+// system's list.
+func (s *store) untouched(sp *space, old *cachedSpace) *snapshotPart {
+	c := s.c
+	if c.opts.FullScan || old.folder != sp.folder || len(old.result) == 0 || old.groups[sp.rel] == nil || // it lay elsewhere
+		old.print == [32]byte{} || // something could not be read, or had just changed
+		s.obj != nil && !s.obj.LockUntil.IsZero() { // the warm pass locks nothing
+		return nil
+	}
+	watched := old.live && c.part.Unchanged != nil && c.part.Unchanged(path.Join(s.s.Root, sp.rel))
+	if !watched && (s.changed == nil || s.changed.Touched(sp.rel)) {
+		return nil
+	}
+	part, err := decodePart(old.result)
+	if err != nil || !c.hasTrees(part.trees) || !old.live && !s.stillGood(old, part) {
+		return nil
+	}
+	s.count(old.counts)
+	n := old.counts.metaEntries + old.counts.blobEntries
+	c.entries.Add(n)
+	c.taken.Add(n)
+	cs := *old
+	cs.live = true
+	s.keepSpace(sp.id, &cs)
+	part.spare = old.spare
+	return part
+}
+
+// stillGood reports whether what an earlier process remembered of a space is complete in the repository, and
+// was read as it would be now.
+func (s *store) stillGood(old *cachedSpace, part *snapshotPart) bool {
+	if old.rules != s.rules || !s.c.hasAll(part.tar.ids) {
+		return false
+	}
+	if o := s.obj; o != nil && (o.CountSpare || o.KeepSpare || old.spare.listed && old.spare.captured > 0) {
+		return false
+	}
+	for _, g := range old.groups {
+		if !s.c.hasAll(g.ids) || !s.c.hasAll(g.needs) {
+			return false
+		}
+	}
+	return true
 }
 
 // keepSpace keeps cs for the next run.
