@@ -734,7 +734,7 @@ func (j *job) fill(fd int, r io.Reader) (*unix.Stat_t, error) {
 		if err != nil {
 			return nil, fmt.Errorf("read content: %w", err)
 		}
-		if err := j.write(fd, off, (*buf)[:n]); err != nil {
+		if err := j.write(fd, off, (*buf)[:n], pwrite); err != nil {
 			return nil, err
 		}
 		off += int64(n)

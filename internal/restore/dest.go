@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 )
@@ -49,6 +50,10 @@ type dest struct {
 	modes    []lateMode
 	aside    *aside
 
+	past struct { // see direct
+		once    sync.Once
+		refused atomic.Bool
+	}
 	fuse struct { // see onFUSE
 		once sync.Once
 		is   bool

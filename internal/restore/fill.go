@@ -30,6 +30,8 @@ type jobState struct {
 	left   atomic.Int64 // pieces
 	failed atomic.Bool
 	warned atomic.Bool
+	// reserved: room was asked for.
+	reserved atomic.Bool
 }
 
 // piece is a place where a blob belongs.
@@ -274,7 +276,8 @@ func (j *job) piece(off int64, data []byte) error {
 	fd, err := j.d.root.open(j.rel, unix.O_WRONLY|unix.O_NONBLOCK|unix.O_NOCTTY)
 	if err == nil {
 		defer unix.Close(fd)
-		err = j.write(fd, off, data)
+		j.reserve(fd)
+		err = j.write(fd, off, data, j.put)
 	}
 	if err != nil {
 		j.bad(err)
@@ -293,8 +296,8 @@ func (j *job) piece(off int64, data []byte) error {
 	return j.d.run.stopped()
 }
 
-// write puts data at off, and leaves out what is a hole.
-func (j *job) write(fd int, off int64, data []byte) error {
+// write puts data at off by means of write, and leaves out what is a hole.
+func (j *job) write(fd int, off int64, data []byte, write func(fd int, p []byte, off int64) error) error {
 	for len(data) > 0 {
 		n, hole := int64(len(data)), false
 		if i := sort.Search(len(j.holes), func(i int) bool { return j.holes[i].End() > off }); i < len(j.holes) {
@@ -311,15 +314,8 @@ func (j *job) write(fd int, off int64, data []byte) error {
 			}
 		}
 		if !hole {
-			for p, at := data[:n], off; len(p) > 0; {
-				m, err := unix.Pwrite(fd, p, at)
-				if err == unix.EINTR {
-					continue
-				}
-				if err != nil {
-					return fmt.Errorf("write: %w", err)
-				}
-				p, at = p[m:], at+int64(m)
+			if err := write(fd, data[:n], off); err != nil {
+				return err
 			}
 		}
 		data, off = data[n:], off+n

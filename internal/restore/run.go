@@ -50,6 +50,8 @@ type DataSetResult struct {
 	// MovedAside counts what was in the way; Moved lists the first of it.
 	MovedAside int64    `json:"moved_aside"`
 	Moved      []string `json:"moved,omitempty"`
+
+	direct int64 // of Bytes, what went past the page cache
 }
 
 const (
