@@ -5,7 +5,7 @@ PREFIX  ?= /usr/local
 VERSION ?=
 LDFLAGS := $(if $(VERSION),-X main.version=$(VERSION))
 
-.PHONY: all build test demo deps lint fuzz bench bench-downtime bench-remote dist install clean
+.PHONY: all build test demo deps lint fuzz microbench bench bench-downtime bench-remote dist install clean
 
 all: build
 
@@ -31,6 +31,13 @@ deps:
 FUZZTIME ?= 30s
 fuzz:
 	scripts/fuzz.sh $(FUZZTIME)
+
+# The small parts by themselves: chunker, hashes, encryption, compression, tars, parsers, trees, the index. Standard output is
+# what benchstat reads; see CONTRIBUTING.md. BENCH chooses by name, COUNT says how often each runs.
+BENCH   ?= .
+COUNT   ?= 6
+microbench:
+	@$(GO) test -run '^$$' -bench '$(BENCH)' -count $(COUNT) -benchtime 0.3s ./internal/ocis ./internal/snapshot ./internal/capture ./internal/repo/...
 
 # Holdfast against restic and borg on a generated store; needs some 25 GB in SCRATCH. STEPS leaves steps out, such as
 # the restores of a million files: STEPS=first,unchanged,changed VERIFY=false.

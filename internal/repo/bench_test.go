@@ -86,6 +86,7 @@ func BenchmarkCompressBlob(b *testing.B) {
 	data := text(1, 1<<20)
 	out := encoderDefault().EncodeAll(data, nil)
 	b.Run("encode-only/1024KiB", func(b *testing.B) {
+		b.ReportAllocs()
 		b.SetBytes(int64(len(data)))
 		buf := make([]byte, 0, 2<<20)
 		for b.Loop() {
@@ -93,6 +94,7 @@ func BenchmarkCompressBlob(b *testing.B) {
 		}
 	})
 	b.Run("decode-only/1024KiB", func(b *testing.B) {
+		b.ReportAllocs()
 		b.SetBytes(int64(len(data)))
 		buf := make([]byte, 0, 1<<20)
 		for b.Loop() {
@@ -103,6 +105,7 @@ func BenchmarkCompressBlob(b *testing.B) {
 	})
 	b.Run("sampling/1024KiB", func(b *testing.B) {
 		p := noise(1, 1<<20)
+		b.ReportAllocs()
 		b.SetBytes(int64(len(p)))
 		for b.Loop() {
 			incompressible(p)
@@ -135,7 +138,7 @@ func BenchmarkLoadIndex(b *testing.B) {
 	const files, perFile, perPack = 20, 50_000, 20
 	ctx := context.Background()
 	r := initRepo(b, mem.New(), InitOptions{})
-	n := uint64(0)
+	n, size := uint64(0), 0
 	next := func() ID {
 		n++
 		return id.Hash(binary.LittleEndian.AppendUint64(nil, n))
@@ -152,11 +155,13 @@ func BenchmarkLoadIndex(b *testing.B) {
 			}
 			body = index.AppendPack(body, next(), blobs)
 		}
+		size += len(body)
 		if _, err := r.SaveUnpacked(ctx, backend.IndexFile, append(body, index.Footer...)); err != nil {
 			b.Fatal(err)
 		}
 	}
 	b.Run("1000000blobs", func(b *testing.B) {
+		b.SetBytes(int64(size))
 		b.ReportAllocs()
 		for b.Loop() {
 			if err := r.LoadIndex(ctx); err != nil {

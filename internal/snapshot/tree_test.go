@@ -180,17 +180,3 @@ func FuzzDecodeTree(f *testing.F) {
 		}
 	})
 }
-
-func BenchmarkEncodeTree(b *testing.B) {
-	nodes := sampleNodes()
-	b.SetBytes(int64(len(EncodeTree(nodes))))
-	b.ReportAllocs()
-	var w TreeWriter
-	for b.Loop() {
-		w.Reset()
-		for _, n := range nodes {
-			w.Add(n)
-		}
-		w.Bytes()
-	}
-}
