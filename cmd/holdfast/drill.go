@@ -126,7 +126,7 @@ func (a *app) drill(ctx context.Context, arg string, f *drillFlags) error {
 		}
 		rep, err = drill.Run(ctx, r, list, sn, drill.Options{
 			Scratch: f.scratch, Program: f.program, Image: f.container, NoServer: f.noServer, Spaces: f.spaces, StartTimeout: f.startTimeout, ReadData: f.readData,
-			Version: version, Progress: a.ui.Sink(),
+			Version: version, Progress: a.ui.Sink(), Limits: a.restoreLimits(),
 		})
 		if err != nil {
 			return fmt.Errorf("drill of snapshot %s: %w", sn.ID().Short(), err)

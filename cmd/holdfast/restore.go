@@ -40,6 +40,11 @@ type restoreFlags struct {
 	objects                  objectFlags
 }
 
+// restoreLimits is what --memory leaves to a restore.
+func (a *app) restoreLimits() restore.Limits {
+	return restore.Limits{Workers: min(a.mem.Workers, runtime.GOMAXPROCS(0)), Windows: a.mem.Windows, Batch: a.mem.Batch, ObjectRoom: a.mem.Objects}
+}
+
 func (a *app) restoreCommand() *cobra.Command {
 	var f restoreFlags
 	c := &cobra.Command{
@@ -201,7 +206,7 @@ func (a *app) restore(ctx context.Context, arg string, f *restoreFlags) error {
 		o := restore.Options{
 			BasePath: f.place.baseDataPath, ConfigDir: f.place.configDir, Overwrite: f.overwrite, TrustTimes: f.trustTimes,
 			Owner: owner, DryRun: f.dryRun, Only: f.only, Progress: a.ui.Sink(),
-			Workers: min(a.mem.Workers, runtime.GOMAXPROCS(0)), Windows: a.mem.Windows, Batch: a.mem.Batch, ObjectRoom: a.mem.Objects,
+			Limits: a.restoreLimits(),
 		}
 		if sn.Tree != nil {
 			// Without a manifest there is nothing to translate; MakePlan says what is wrong.

@@ -58,6 +58,8 @@ type Options struct {
 	// ReadData compares the checksums of all contents on disk, not of a sample.
 	ReadData bool
 	Version  string // of Holdfast
+	// Limits bound the memory of the restore.
+	Limits   restore.Limits
 	Progress progress.Sink
 }
 
@@ -386,7 +388,7 @@ func (p *places) to(path string) string {
 }
 
 func (p *places) restore(ctx context.Context, r *repo.Repository, sn *snapshot.Snapshot, rep *Report, o Options) error {
-	ro := restore.Options{Map: p.maps, Progress: o.Progress, BasePath: p.to(p.m.BasePath), ConfigDir: p.to(p.m.ConfigDir)}
+	ro := restore.Options{Map: p.maps, Limits: o.Limits, Progress: o.Progress, BasePath: p.to(p.m.BasePath), ConfigDir: p.to(p.m.ConfigDir)}
 	for _, st := range p.m.Stores {
 		if st.Bucket == nil {
 			continue

@@ -42,7 +42,7 @@ func RestoreNode(ctx context.Context, r Repo, n *snapshot.Node, dest string, o T
 
 func restoreNode(ctx context.Context, r Repo, n *snapshot.Node, to string, o TreeOptions, withTop bool) (*Result, error) {
 	ro := Options{
-		Overwrite: o.Overwrite, Owner: o.Owner, DryRun: o.DryRun, Workers: o.Workers, Progress: o.Progress, Now: o.Now,
+		Overwrite: o.Overwrite, Owner: o.Owner, DryRun: o.DryRun, Limits: Limits{Workers: o.Workers}, Progress: o.Progress, Now: o.Now,
 	}
 	ro.setDefaults()
 	start := ro.Now()

@@ -37,6 +37,21 @@ type PathMap struct{ From, To string }
 // Owner overrides the recorded owners.
 type Owner struct{ UID, GID int }
 
+// Limits bound the memory that a restore takes. Zero stands for the default of each.
+type Limits struct {
+	// Workers is how many files are compared, and archives read, at once; 0 is one per processor.
+	Workers int
+	// Windows is how many lists of contents are read at once; 0 is 2, so that one can be read while the last packs of
+	// another are written.
+	Windows int
+	// Batch is how much memory the files of a store may take whose contents are looked up together, in bytes, about 300
+	// each; two batches are under way. A larger one means that fewer trees are read twice, and that more of a pack is
+	// used at once. 0 is 64 MiB.
+	Batch int
+	// ObjectRoom bounds the contents on their way into a bucket, in bytes, 32 MiB at least; 0 is 64 MiB.
+	ObjectRoom int64
+}
+
 // Options say where and how to restore. The zero value puts everything back to where it was.
 type Options struct {
 	// BasePath and ConfigDir are the new places of the base data path and the config directory;
@@ -58,18 +73,8 @@ type Options struct {
 	DryRun bool
 	// Only names the data sets to restore; empty is all.
 	Only []string
-	// Workers is how many files are compared, and archives read, at once; 0 is one per processor.
-	Workers int
-	// Windows is how many lists of contents are read at once; 0 is 2, so that one can be read while the last packs of
-	// another are written.
-	Windows int
-	// Batch is how much memory the files of a store may take whose contents are looked up together, in bytes, about 300
-	// each; two batches are under way. A larger one means that fewer trees are read twice, and that more of a pack is
-	// used at once. 0 is 64 MiB.
-	Batch int
-	// ObjectRoom bounds the contents on their way into a bucket, in bytes, 32 MiB at least; 0 is 64 MiB.
-	ObjectRoom int64
-	Progress   progress.Sink
+	Limits
+	Progress progress.Sink
 	// Now is the clock; nil: time.Now.
 	Now func() time.Time
 }
