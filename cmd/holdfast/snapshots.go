@@ -41,7 +41,7 @@ func readLock(noLock bool) lockMode {
 	if noLock {
 		return lockNone
 	}
-	return lockShared
+	return lockReading
 }
 
 // snapshotRow is what is told of a snapshot.

@@ -81,6 +81,11 @@ func (e *LockedError) Error() string {
 type LockOptions struct {
 	// Exclusive shuts out everyone else; otherwise only those who want an exclusive lock.
 	Exclusive bool
+	// Reading promises that nothing is stored under the lock, which is not exclusive. It is then held after a look at
+	// once, without the wait for locks that come to light late; that look comes while the work goes on, and ends its
+	// context with a *LockedError. At worst a reader meets a file that is gone, which it tells; whoever
+	// removes files waits for the same time, and then sees the reader.
+	Reading bool
 	// RetryFor is how long to wait for others. Zero: not at all.
 	RetryFor time.Duration
 }
@@ -109,16 +114,16 @@ type Lock struct {
 }
 
 // Lock locks the repository. The context it returns is a child of ctx that ends when the lock is lost
-// (its cause is then ErrLockLost) or given up: all work under the lock must use it.
+// (its cause is then ErrLockLost, or with Reading a *LockedError) or given up: all work under the lock must use it.
 //
 // While the lock is held, the process ignores SIGHUP as its end, because that is how restic looks
 // whether a lock's holder is alive. Errors: *LockedError.
 func (r *Repository) Lock(ctx context.Context, o LockOptions) (*Lock, context.Context, error) {
 	start := r.clock.now()
 	for {
-		l, err := r.tryLock(ctx, o.Exclusive)
+		l, err := r.tryLock(ctx, o)
 		if err == nil {
-			lctx := l.run(ctx)
+			lctx := l.run(ctx, o.reads())
 			if o.Exclusive {
 				r.exclusive.Store(l)
 			}
@@ -136,23 +141,29 @@ func (r *Repository) Lock(ctx context.Context, o LockOptions) (*Lock, context.Co
 	}
 }
 
-func (r *Repository) tryLock(ctx context.Context, exclusive bool) (*Lock, error) {
-	if err := r.conflict(ctx, exclusive, ID{}); err != nil {
+// reads reports whether the second look may come later.
+func (o LockOptions) reads() bool { return o.Reading && !o.Exclusive }
+
+func (r *Repository) tryLock(ctx context.Context, o LockOptions) (*Lock, error) {
+	if err := r.conflict(ctx, o.Exclusive, ID{}); err != nil {
 		return nil, err
 	}
 	// From before the lock appears: a looker that finds it may ask at once whether we live.
 	hup := make(chan os.Signal, 1)
 	signal.Notify(hup, syscall.SIGHUP)
 	l := &Lock{r: r, hup: hup}
-	l.body = lockFile{Exclusive: exclusive, PID: os.Getpid()}
+	l.body = lockFile{Exclusive: o.Exclusive, PID: os.Getpid()}
 	l.body.Username, l.body.Hostname = whoAmI()
 	if uid, gid := os.Getuid(), os.Getgid(); uid > 0 && gid >= 0 {
 		l.body.UID, l.body.GID = uint32(uid), uint32(gid)
 	}
 	err := l.save(ctx)
 	if err == nil {
-		if err = r.clock.sleep(ctx, lockSettle); err == nil {
-			err = r.conflict(ctx, exclusive, l.id)
+		if !o.reads() {
+			err = r.clock.sleep(ctx, lockSettle)
+		}
+		if err == nil {
+			err = r.conflict(ctx, o.Exclusive, l.id)
 		}
 		if err != nil {
 			if rerr := l.remove(ctx, l.id); rerr != nil {
@@ -221,12 +232,23 @@ func (l *Lock) remove(ctx context.Context, name ID) error {
 }
 
 // run starts the refreshing.
-func (l *Lock) run(ctx context.Context) context.Context {
+func (l *Lock) run(ctx context.Context, lookAgain bool) context.Context {
 	lctx, cancel := context.WithCancelCause(ctx)
 	l.cancel = cancel
 	l.done.Add(2)
 	go l.refresh(lctx)
 	go l.watch(lctx)
+	if lookAgain {
+		own := l.id
+		l.done.Go(func() {
+			if l.r.clock.sleep(lctx, lockSettle) != nil {
+				return
+			}
+			if err := l.r.conflict(lctx, false, own); err != nil {
+				l.cancel(err) // without effect if the work is done
+			}
+		})
+	}
 	return lctx
 }
 

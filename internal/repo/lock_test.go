@@ -408,6 +408,94 @@ func TestLockRace(t *testing.T) {
 	}
 }
 
+// A reader does not wait before it begins: it sees at once who locked at the same moment, and later, while it works,
+// whose lock came to light late.
+func TestLockReading(t *testing.T) {
+	ctx := context.Background()
+	be := mem.New()
+	initRepo(t, be, InitOptions{})
+	r, c := locked(t, be)
+	exclusive := func() ID {
+		return putLock(t, r, lockFile{Time: c.now(), Hostname: "rival", PID: 7, Exclusive: true})
+	}
+	settled := make(chan struct{})
+	r.clock.sleep = func(ctx context.Context, d time.Duration) error {
+		if d != lockSettle {
+			return c.wait(ctx, d)
+		}
+		select {
+		case <-settled:
+			return nil
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+	l, lctx, err := r.Lock(ctx, LockOptions{Reading: true})
+	if err != nil || lctx.Err() != nil {
+		t.Fatal(err)
+	}
+	late := exclusive()
+	close(settled)
+	<-lctx.Done()
+	var le *LockedError
+	if err := context.Cause(lctx); !errors.As(err, &le) || le.Holder.ID != late {
+		t.Errorf("the end of the work: %v", err)
+	}
+	if err := l.Unlock(); err != nil {
+		t.Error(err)
+	}
+	if n := lockNames(t, be); len(n) != 1 {
+		t.Errorf("locks left: %v", n)
+	}
+	if _, _, err := r.Lock(ctx, LockOptions{Reading: true}); !errors.As(err, &le) {
+		t.Errorf("beside an exclusive lock: %v", err)
+	}
+	if _, err := r.Unlock(ctx, true); err != nil {
+		t.Fatal(err)
+	}
+
+	// The rival locks between the first look and our own lock.
+	rival := &rivalBackend{Backend: be, before: func() { late = exclusive() }}
+	r.be = rival
+	if _, _, err := r.Lock(ctx, LockOptions{Reading: true}); !errors.As(err, &le) || le.Holder.ID != late {
+		t.Errorf("beside one that locks at the same moment: %v", err)
+	}
+	if n := lockNames(t, be); len(n) != 1 || n[0] != late.String() {
+		t.Errorf("locks left: %v", n)
+	}
+	// Whoever is alone in it by right waits all the same, and an end before the later look is no error.
+	r.be = be
+	if _, err := r.Unlock(ctx, true); err != nil {
+		t.Fatal(err)
+	}
+	settled = make(chan struct{})
+	if l, _, err = r.Lock(ctx, LockOptions{Reading: true}); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.Unlock(); err != nil {
+		t.Error(err)
+	}
+	wctx, cancel := context.WithTimeout(ctx, 20*time.Millisecond)
+	defer cancel()
+	if _, _, err := r.Lock(wctx, LockOptions{Exclusive: true, Reading: true}); err == nil {
+		t.Error("an exclusive lock without the wait")
+	}
+}
+
+// rivalBackend lets another one lock right before we do.
+type rivalBackend struct {
+	backend.Backend
+	before func()
+}
+
+func (b *rivalBackend) Save(ctx context.Context, h backend.Handle, data []byte) error {
+	if before := b.before; before != nil {
+		b.before = nil
+		before()
+	}
+	return b.Backend.Save(ctx, h, data)
+}
+
 // restic asks with SIGHUP whether a lock's holder lives.
 func TestHangupDoesNotKill(t *testing.T) {
 	be := mem.New()
