@@ -8,11 +8,15 @@ import (
 	"io"
 	"maps"
 	"path"
+	"runtime"
 	"slices"
 	"sort"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"github.com/holdfast-backup/holdfast/internal/ocis"
 	"github.com/holdfast-backup/holdfast/internal/pax"
@@ -53,12 +57,51 @@ func (p *prover) run() error {
 		}
 		return err
 	})
-	for i := range p.st.Spaces {
-		if err == nil {
-			err = p.space(base, &p.st.Spaces[i])
-		}
+	if err != nil {
+		return err
+	}
+	// Several spaces at a time, each by a prover of its own: what they find is added up.
+	g, ctx := errgroup.WithContext(p.ctx)
+	parts := make([]*prover, min(runtime.GOMAXPROCS(0), max(len(p.st.Spaces), 1)))
+	var next atomic.Int64
+	for k := range parts {
+		q := *p
+		q.ctx, q.proof, q.trees, q.asked, q.failed, q.cut = ctx, &snapshot.Proof{}, map[string]*snapshot.Tree{}, nil, false, false
+		parts[k] = &q
+		g.Go(func() error {
+			for {
+				i := int(next.Add(1)) - 1
+				if i >= len(p.st.Spaces) {
+					return nil
+				}
+				if err := q.space(base, &p.st.Spaces[i]); err != nil {
+					return err
+				}
+			}
+		})
+	}
+	err = g.Wait()
+	for _, q := range parts {
+		p.add(q)
+	}
+	if p.ctx.Err() != nil {
+		return context.Cause(p.ctx)
 	}
 	return err
+}
+
+// add takes over what q found.
+func (p *prover) add(q *prover) {
+	p.proof.Nodes += q.proof.Nodes
+	p.proof.Revisions += q.proof.Revisions
+	p.proof.TrashItems += q.proof.TrashItems
+	p.proof.Blobs += q.proof.Blobs
+	p.proof.Bytes += q.proof.Bytes
+	p.proof.Verified += q.proof.Verified
+	p.proof.InFlight += q.proof.InFlight
+	p.asked = append(p.asked, q.asked...)
+	p.failed = p.failed || q.failed
+	p.cut = p.cut || q.cut
 }
 
 // each reads the tar at place entry by entry. Its errors are those of fn, and that the check was cancelled.
@@ -129,7 +172,7 @@ func (p *prover) content(h *pax.Header) (int64, error) {
 	return size, nil
 }
 
-// treeCache bounds the folders that are kept decoded.
+// treeCache bounds the folders that a prover keeps decoded.
 const treeCache = 4096
 
 // errTold is returned for what cannot be reached because of damage that the walk over the trees has told.
