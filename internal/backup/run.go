@@ -543,12 +543,17 @@ type dryTarget struct {
 	blobs, bytes atomic.Int64
 }
 
-func (d *dryTarget) Save(_ context.Context, t repo.BlobType, data []byte) (id.ID, bool, error) {
+func (d *dryTarget) Save(ctx context.Context, t repo.BlobType, data []byte) (id.ID, bool, error) {
 	b := id.Hash(data)
+	isNew, err := d.SaveAs(ctx, t, b, data)
+	return b, isNew, err
+}
+
+func (d *dryTarget) SaveAs(_ context.Context, t repo.BlobType, b id.ID, data []byte) (bool, error) {
 	if d.repo.Has(t, b) {
-		return b, false, nil
+		return false, nil
 	}
 	d.blobs.Add(1)
 	d.bytes.Add(int64(len(data)))
-	return b, true, nil
+	return true, nil
 }

@@ -31,6 +31,13 @@ func (c *canceller) Save(ctx context.Context, t repo.BlobType, p []byte) (id.ID,
 	return c.Target.Save(ctx, t, p)
 }
 
+func (c *canceller) SaveAs(ctx context.Context, t repo.BlobType, d id.ID, p []byte) (bool, error) {
+	if c.n.Add(-1) == 0 {
+		c.cancel(errors.New("lock lost"))
+	}
+	return c.Target.SaveAs(ctx, t, d, p)
+}
+
 func TestCancelIsAnError(t *testing.T) {
 	for _, name := range fixtures {
 		inst := instanceOf(testfixture.Unpack(t, name), name)

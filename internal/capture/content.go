@@ -5,10 +5,8 @@ import (
 	"crypto/sha1" //nolint:gosec // the server's own checksum, not a protection
 	"errors"
 	"fmt"
-	"hash"
 	"io"
 	"io/fs"
-	"os"
 	"sync"
 	"sync/atomic"
 
@@ -18,11 +16,14 @@ import (
 	"github.com/holdfast-backup/holdfast/internal/repo"
 	"github.com/holdfast-backup/holdfast/internal/repo/chunk"
 	"github.com/holdfast-backup/holdfast/internal/repo/id"
+	"github.com/holdfast-backup/holdfast/internal/repo/sums"
 )
 
 // Target takes blobs. *repo.Writer is one.
 type Target interface {
 	Save(ctx context.Context, t repo.BlobType, data []byte) (d id.ID, isNew bool, err error)
+	// SaveAs is Save where the id of data is known already.
+	SaveAs(ctx context.Context, t repo.BlobType, d id.ID, data []byte) (isNew bool, err error)
 }
 
 // Chunk sizes in bytes. User files are cut coarsely, because one chunk is one index entry and files
@@ -116,6 +117,14 @@ func (s *saver) save(ctx context.Context, p []byte) (id.ID, error) {
 	return d, err
 }
 
+// saveAs stores one chunk whose id is known.
+func (s *saver) saveAs(ctx context.Context, d id.ID, p []byte) error {
+	s.busy <- struct{}{}
+	defer func() { <-s.busy }()
+	_, err := s.target.SaveAs(ctx, repo.DataBlob, d, p)
+	return err
+}
+
 // bytes saves p as a file of its own.
 func (s *saver) bytes(ctx context.Context, p []byte) (content, error) {
 	c := content{size: int64(len(p))}
@@ -140,11 +149,11 @@ func (e *readError) Unwrap() error { return e.err }
 // file saves what f holds from its present position to the end.
 //
 // Errors: *readError if the source cannot be read; others come from the repository or ctx.
-func (s *saver) file(ctx context.Context, f *os.File, e *entry, wantSHA1 bool) (content, error) {
+func (s *saver) file(ctx context.Context, f *file, e *entry, wantSHA1 bool) (content, error) {
 	var c content
-	var h hash.Hash
+	var h *sums.SHA1
 	if wantSHA1 {
-		h = sha1.New()
+		h = sums.New()
 	}
 	if e.sparse() {
 		holes, err := pax.FindHoles(f, e.size)
@@ -159,20 +168,21 @@ func (s *saver) file(ctx context.Context, f *os.File, e *entry, wantSHA1 bool) (
 	}
 	buf := pool.get()
 	defer pool.put(buf)
-	fill, eof := 0, false
+	before, fill, eof := int64(0), 0, false
 	for {
 		if err := ctx.Err(); err != nil {
 			return c, context.Cause(ctx)
 		}
 		for fill < len(buf) && !eof {
+			room := len(buf) - fill
 			n, err := f.Read(buf[fill:])
-			fill += n
-			s.read.Add(int64(n))
-			if errors.Is(err, io.EOF) {
-				eof = true
-			} else if err != nil {
+			if err != nil && err != io.EOF {
 				return c, &readError{err}
 			}
+			fill += n
+			s.read.Add(int64(n))
+			// Less than was asked for, and as much as there should be: that was the end.
+			eof = err == io.EOF || n < room && before+int64(fill) == e.size
 			if pool == &s.small && fill > smallFile {
 				// The file grew: go on with room for whole chunks.
 				nb := s.bufs.get()
@@ -190,54 +200,63 @@ func (s *saver) file(ctx context.Context, f *os.File, e *entry, wantSHA1 bool) (
 		}
 		copy(buf, buf[used:fill])
 		fill -= used
+		before += int64(used)
 	}
 	if h != nil {
-		h.Sum(c.sha1[:0])
+		c.sha1 = h.Sum()
 	}
 	return c, nil
 }
 
 // cutAll saves the chunks of p, several at once, and returns how many bytes they took. Without eof
-// the rest that is shorter than the largest chunk stays.
-func (s *saver) cutAll(ctx context.Context, p []byte, eof bool, h hash.Hash, c *content) (int, error) {
-	var cuts []int
+// the rest that is shorter than the largest chunk stays. With h it adds them to it: that goes in order, and
+// gives the ids of the chunks along the way.
+func (s *saver) cutAll(ctx context.Context, p []byte, eof bool, h *sums.SHA1, c *content) (int, error) {
 	used := 0
-	for used < len(p) && (eof || len(p)-used >= fileChunks.Max) {
-		used += s.files.Cut(p[used:])
-		cuts = append(cuts, used)
-	}
-	if len(cuts) <= 1 {
-		if h != nil {
-			h.Write(p[:used])
+	next := func() []byte {
+		if used == len(p) || !eof && len(p)-used < fileChunks.Max {
+			return nil
 		}
-		if used > 0 {
-			d, err := s.save(ctx, p[:used])
-			if err != nil {
-				return used, err
-			}
-			c.ids = append(c.ids, d)
-			c.size += int64(used)
-		}
-		return used, nil
+		start := used
+		used += s.files.Cut(p[start:])
+		return p[start:used]
 	}
-	g, gctx := errgroup.WithContext(ctx)
-	if h != nil {
-		g.Go(func() error { h.Write(p[:used]); return nil })
-	}
-	ids := make([]id.ID, len(cuts))
-	start := 0
-	for i, end := range cuts {
-		part := p[start:end]
-		g.Go(func() (err error) {
-			ids[i], err = s.save(gctx, part)
+	one := func(ctx context.Context, part []byte, d *id.ID) (err error) {
+		if h == nil {
+			*d, err = s.save(ctx, part)
 			return err
-		})
-		start = end
+		}
+		return s.saveAs(ctx, *d, part)
 	}
-	if err := g.Wait(); err != nil {
-		return used, err
+	first := next()
+	if first == nil {
+		return 0, nil
 	}
-	c.ids = append(c.ids, ids...)
+	ids, n := make([]id.ID, 1+len(p)/fileChunks.Min), 1 // only the last can be shorter
+	if h != nil {
+		ids[0] = h.Sum256(first)
+	}
+	part := next()
+	if part == nil { // most files: no goroutine for them
+		if err := one(ctx, first, &ids[0]); err != nil {
+			return used, err
+		}
+	} else {
+		g, gctx := errgroup.WithContext(ctx)
+		g.Go(func() error { return one(gctx, first, &ids[0]) })
+		for ; part != nil; part = next() {
+			p, d := part, &ids[n]
+			n++
+			if h != nil {
+				*d = h.Sum256(p)
+			}
+			g.Go(func() error { return one(gctx, p, d) })
+		}
+		if err := g.Wait(); err != nil {
+			return used, err
+		}
+	}
+	c.ids = append(c.ids, ids[:n]...)
 	c.size += int64(used)
 	return used, nil
 }
@@ -269,7 +288,7 @@ func (s *saver) path(ctx context.Context, r *root, e *entry, wantSHA1 bool) (con
 }
 
 // sparseFile saves a large file with holes without reading the holes: a file may claim terabytes.
-func (s *saver) sparseFile(ctx context.Context, f *os.File, e *entry, wantSHA1 bool) (content, error) {
+func (s *saver) sparseFile(ctx context.Context, f *file, e *entry, wantSHA1 bool) (content, error) {
 	holes, err := pax.FindHoles(f, e.size)
 	if err != nil {
 		return content{}, &readError{err}
@@ -282,9 +301,9 @@ func (s *saver) sparseFile(ctx context.Context, f *os.File, e *entry, wantSHA1 b
 		return s.file(ctx, f, e, wantSHA1)
 	}
 	c := content{holes: holes}
-	var h hash.Hash
+	var h *sums.SHA1
 	if wantSHA1 {
-		h = sha1.New()
+		h = sums.New()
 	}
 	zero := make([]byte, fileChunks.Max)
 	at := int64(0)
@@ -333,14 +352,14 @@ func (s *saver) sparseFile(ctx context.Context, f *os.File, e *entry, wantSHA1 b
 		return c, err
 	}
 	if h != nil {
-		h.Sum(c.sha1[:0])
+		c.sha1 = h.Sum()
 	}
 	return c, nil
 }
 
 // sectionFile reads a range of a file.
 type sectionFile struct {
-	f        *os.File
+	f        *file
 	off, end int64
 }
 
@@ -348,15 +367,12 @@ func (s *sectionFile) Read(p []byte) (int, error) {
 	if s.off >= s.end {
 		return 0, io.EOF
 	}
-	n, err := s.f.ReadAt(p[:min(int64(len(p)), s.end-s.off)], s.off)
+	n, err := s.f.readAt(p[:min(int64(len(p)), s.end-s.off)], s.off)
 	s.off += int64(n)
-	if errors.Is(err, io.EOF) && n > 0 {
-		err = nil
-	}
 	return n, err
 }
 
-func (s *saver) section(ctx context.Context, r io.Reader, h hash.Hash) (content, error) {
+func (s *saver) section(ctx context.Context, r io.Reader, h *sums.SHA1) (content, error) {
 	var c content
 	buf := s.bufs.get()
 	defer s.bufs.put(buf)

@@ -122,6 +122,14 @@ func (r *treeRecorder) Save(ctx context.Context, t repo.BlobType, data []byte) (
 	return d, isNew, err
 }
 
+func (r *treeRecorder) SaveAs(ctx context.Context, t repo.BlobType, d repo.ID, data []byte) (bool, error) {
+	isNew, err := r.Target.SaveAs(ctx, t, d, data)
+	if err == nil && t == repo.TreeBlob {
+		r.ids = append(r.ids, d)
+	}
+	return isNew, err
+}
+
 // hasTrees reports whether the repository holds all these trees.
 func (c *capturer) hasTrees(ids []repo.ID) bool {
 	for i := range ids {

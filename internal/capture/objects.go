@@ -20,6 +20,7 @@ import (
 
 	"github.com/holdfast-backup/holdfast/internal/bucket"
 	"github.com/holdfast-backup/holdfast/internal/ocis"
+	"github.com/holdfast-backup/holdfast/internal/repo/sums"
 	"github.com/holdfast-backup/holdfast/internal/snapshot"
 )
 
@@ -527,7 +528,7 @@ func (d *decomposed) copyObject(ctx context.Context, j *objectJob, x bucket.Obje
 // object saves size bytes that r gives, and makes their SHA-1. Large ones wait for a slot, which bounds
 // the memory of their buffers.
 func (s *saver) object(ctx context.Context, r io.Reader, size int64, slots chan struct{}) (content, error) {
-	h := sha1.New()
+	h := sums.New()
 	if size > smallFile {
 		select {
 		case slots <- struct{}{}:
@@ -536,7 +537,7 @@ func (s *saver) object(ctx context.Context, r io.Reader, size int64, slots chan 
 			return content{}, context.Cause(ctx)
 		}
 		c, err := s.section(ctx, r, h)
-		h.Sum(c.sha1[:0])
+		c.sha1 = h.Sum()
 		return c, err
 	}
 	buf := s.small.get()
@@ -548,7 +549,7 @@ func (s *saver) object(ctx context.Context, r io.Reader, size int64, slots chan 
 	}
 	var c content
 	_, err = s.cutAll(ctx, buf[:n], true, h, &c)
-	h.Sum(c.sha1[:0])
+	c.sha1 = h.Sum()
 	return c, err
 }
 

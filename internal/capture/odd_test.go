@@ -60,6 +60,14 @@ func (r *recTarget) Save(ctx context.Context, t repo.BlobType, p []byte) (id.ID,
 	return d, n, err
 }
 
+func (r *recTarget) SaveAs(ctx context.Context, t repo.BlobType, d id.ID, p []byte) (bool, error) {
+	n, err := r.w.SaveAs(ctx, t, d, p)
+	r.mu.Lock()
+	r.saved[d] = true
+	r.mu.Unlock()
+	return n, err
+}
+
 func TestContentThatTheRepositoryLostIsSavedAgain(t *testing.T) {
 	s := newTinyStore(t)
 	r, _ := newRepo(t)
@@ -156,14 +164,24 @@ type failing struct {
 var errDisk = errors.New("disk full")
 
 func (f *failing) Save(ctx context.Context, t repo.BlobType, p []byte) (id.ID, bool, error) {
-	f.mu.Lock()
-	f.n--
-	bad := f.n < 0
-	f.mu.Unlock()
-	if bad {
+	if f.broken() {
 		return id.ID{}, false, errDisk
 	}
 	return f.Target.Save(ctx, t, p)
+}
+
+func (f *failing) SaveAs(ctx context.Context, t repo.BlobType, d id.ID, p []byte) (bool, error) {
+	if f.broken() {
+		return false, errDisk
+	}
+	return f.Target.SaveAs(ctx, t, d, p)
+}
+
+func (f *failing) broken() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.n--
+	return f.n < 0
 }
 
 func TestErrorsKeepTheirCause(t *testing.T) {

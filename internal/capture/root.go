@@ -2,8 +2,8 @@ package capture
 
 import (
 	"errors"
+	"io"
 	"io/fs"
-	"os"
 	"path"
 	"strconv"
 	"strings"
@@ -107,7 +107,7 @@ func (r *root) openStepwise(rel string, flags int) (int, error) {
 
 // openFile opens the regular file rel for reading. It refuses anything else, so that a FIFO that
 // took the place of a file cannot hang the backup.
-func (r *root) openFile(rel string) (*os.File, error) {
+func (r *root) openFile(rel string) (*file, error) {
 	fd, err := r.open(rel, unix.O_RDONLY|unix.O_NOATIME|unix.O_NONBLOCK|unix.O_NOCTTY)
 	if err != nil {
 		return nil, err
@@ -120,7 +120,47 @@ func (r *root) openFile(rel string) (*os.File, error) {
 		}
 		return nil, &fs.PathError{Op: "open", Path: r.abs(rel), Err: err}
 	}
-	return os.NewFile(uintptr(fd), r.abs(rel)), nil
+	return &file{fd, r, rel}, nil
+}
+
+// file is a regular file that is read. An os.File would ask the kernel three times more what it is.
+type file struct {
+	fd  int
+	r   *root
+	rel string
+}
+
+func (f *file) Fd() uintptr  { return uintptr(f.fd) }
+func (f *file) Name() string { return f.r.abs(f.rel) }
+func (f *file) Close() error { return unix.Close(f.fd) }
+
+func (f *file) Read(p []byte) (int, error) {
+	for {
+		n, err := unix.Read(f.fd, p)
+		if !errors.Is(err, unix.EINTR) {
+			return f.result(n, len(p), err)
+		}
+	}
+}
+
+// readAt is like Read, from an offset.
+func (f *file) readAt(p []byte, off int64) (int, error) {
+	for {
+		n, err := unix.Pread(f.fd, p, off)
+		if !errors.Is(err, unix.EINTR) {
+			return f.result(n, len(p), err)
+		}
+	}
+}
+
+func (f *file) result(n, room int, err error) (int, error) {
+	switch {
+	case err != nil:
+		return 0, &fs.PathError{Op: "read", Path: f.Name(), Err: err}
+	case n == 0 && room > 0:
+		return 0, io.EOF
+	}
+	return n, nil
 }
 
 // entry is one file system object below a root.
@@ -272,6 +312,7 @@ func (d *details) readFile(rel string, limit int64) ([]byte, error) {
 			}
 			d.buf = append(d.buf, make([]byte, len(d.buf))...)
 		}
+		room := len(d.buf) - n
 		k, err := unix.Read(f, d.buf[n:])
 		if errors.Is(err, unix.EINTR) {
 			continue
@@ -283,6 +324,9 @@ func (d *details) readFile(rel string, limit int64) ([]byte, error) {
 			break
 		}
 		n += k
+		if k < room && int64(n) == limit { // less than was asked for: that was the end
+			break
+		}
 	}
 	if int64(n) > limit {
 		return nil, &fs.PathError{Op: "read", Path: d.r.abs(rel), Err: errGrew}

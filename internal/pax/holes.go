@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"strconv"
 	"strings"
 
@@ -54,7 +53,10 @@ func FormatHoles(holes []Extent) string {
 
 // FindHoles returns the holes of an open file of size bytes, and sets its offset to 0. On a filesystem
 // that does not tell there are none.
-func FindHoles(f *os.File, size int64) ([]Extent, error) {
+func FindHoles(f interface {
+	Fd() uintptr
+	Name() string
+}, size int64) ([]Extent, error) {
 	var holes []Extent
 	fd := int(f.Fd())
 	for off := int64(0); off < size; {

@@ -101,6 +101,10 @@ func newDecoder(o zstd.DOption) *zstd.Decoder {
 	return d
 }
 
+// decodeSlack is how much room behind the content, in bytes, lets the decoder copy without looking at each
+// byte's place: half again as fast for blobs of a block or two.
+const decodeSlack = 32
+
 // worthIt says whether n bytes instead of plain are a gain: less than 3 % is not worth the reader's time.
 func worthIt(n, plain int) bool { return n < plain-plain/32 }
 
@@ -127,9 +131,9 @@ func compressBlob(dst, data []byte, c Compression, t BlobType) ([]byte, bool, er
 	if t == DataBlob && !worthIt(len(out)-n, len(data)) {
 		return dst, false, nil
 	}
-	check := getBuffer(len(data))
+	check := getBuffer(len(data) + decodeSlack)
 	defer putBuffer(check)
-	back, err := decoder().DecodeAll(out[n:], (*check)[:0:len(data)])
+	back, err := decoder().DecodeAll(out[n:], (*check)[:0:len(data)+decodeSlack])
 	if err != nil || !bytes.Equal(back, data) {
 		return dst, false, fmt.Errorf("compressed data does not decompress to the same; the memory or the processor may be faulty (%v)", err)
 	}
@@ -182,9 +186,9 @@ func incompressible(data []byte) bool {
 func decompressBlob(dst, data []byte, size int) ([]byte, error) {
 	n := len(dst)
 	if cap(dst)-n < size {
-		dst = append(make([]byte, 0, n+size), dst...)
+		dst = append(make([]byte, 0, n+size+decodeSlack), dst...)
 	}
-	out, err := decoder().DecodeAll(data, dst[:n:n+size])
+	out, err := decoder().DecodeAll(data, dst[:n:min(cap(dst), n+size+decodeSlack)])
 	if err != nil {
 		return nil, fmt.Errorf("decompress: %w", err)
 	}

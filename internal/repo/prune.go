@@ -566,7 +566,7 @@ func (p *PrunePlan) repack(ctx context.Context) (err error) {
 		var batch []ID
 		flush := func() error {
 			err := p.r.LoadBlobs(ctx, t, batch, func(d ID, data []byte) error {
-				if _, _, err := w.save(ctx, t, data, true); err != nil {
+				if _, err := w.save(ctx, t, d, data, true); err != nil {
 					return err
 				}
 				e := ev

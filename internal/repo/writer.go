@@ -107,25 +107,35 @@ func (w *Writer) failed() error {
 // durable only after Flush. isNew is true for one of several callers with the same content.
 // Empty blobs do not exist in the format: that is an error.
 func (w *Writer) Save(ctx context.Context, t BlobType, data []byte) (blob ID, isNew bool, err error) {
-	return w.save(ctx, t, data, false)
+	blob = id.Hash(data)
+	isNew, err = w.SaveAs(ctx, t, blob, data)
+	if err != nil {
+		blob = ID{}
+	}
+	return blob, isNew, err
+}
+
+// SaveAs is Save for a caller that knows the SHA-256 of data already. It is taken on trust: another one
+// would make a repository that check calls damaged.
+func (w *Writer) SaveAs(ctx context.Context, t BlobType, blob ID, data []byte) (isNew bool, err error) {
+	return w.save(ctx, t, blob, data, false)
 }
 
 // save stores a blob. With again it does so although the blob is there, because that copy is to go.
-func (w *Writer) save(ctx context.Context, t BlobType, data []byte, again bool) (blob ID, isNew bool, err error) {
+func (w *Writer) save(ctx context.Context, t BlobType, blob ID, data []byte, again bool) (isNew bool, err error) {
 	switch {
 	case t > TreeBlob:
-		return ID{}, false, fmt.Errorf("save a blob: unknown type %d", t)
+		return false, fmt.Errorf("save a blob: unknown type %d", t)
 	case len(data) == 0:
-		return ID{}, false, fmt.Errorf("save a %v blob: it is empty, and empty blobs are never stored", t)
+		return false, fmt.Errorf("save a %v blob: it is empty, and empty blobs are never stored", t)
 	case len(data) > maxBlob:
-		return ID{}, false, fmt.Errorf("save a %v blob of %d bytes: the format's limit is 4 GiB", t, len(data))
+		return false, fmt.Errorf("save a %v blob of %d bytes: the format's limit is 4 GiB", t, len(data))
 	}
 	if err := ctx.Err(); err != nil {
-		return ID{}, false, fmt.Errorf("save a %v blob: %w", t, context.Cause(ctx))
+		return false, fmt.Errorf("save a %v blob: %w", t, context.Cause(ctx))
 	}
-	blob = id.Hash(data)
 	if !again && w.r.Has(t, blob) {
-		return blob, false, w.failed()
+		return false, w.failed()
 	}
 	key := blobKey{t, blob}
 	w.mu.Lock()
@@ -138,10 +148,10 @@ func (w *Writer) save(ctx context.Context, t BlobType, data []byte, again bool) 
 	}
 	w.mu.Unlock()
 	if err != nil {
-		return ID{}, false, err
+		return false, err
 	}
 	if known {
-		return blob, false, nil
+		return false, nil
 	}
 
 	// Others may rely on this blob from here on, so whatever goes wrong spoils the Writer.
@@ -152,7 +162,7 @@ func (w *Writer) save(ctx context.Context, t BlobType, data []byte, again bool) 
 		defer putBuffer(buf)
 		out, smaller, err := compressBlob((*buf)[:0], data, w.r.opts.Compression, t)
 		if err != nil {
-			return ID{}, false, w.fail(fmt.Errorf("save %v blob %s: %w", t, blob.Short(), err))
+			return false, w.fail(fmt.Errorf("save %v blob %s: %w", t, blob.Short(), err))
 		}
 		if smaller {
 			*buf, plain, size = out, out, uint32(len(data))
@@ -162,14 +172,14 @@ func (w *Writer) save(ctx context.Context, t BlobType, data []byte, again bool) 
 	defer putBuffer(sealed)
 	*sealed = w.r.key.Seal((*sealed)[:0], plain)
 	if err := w.add(ctx, t, blob, *sealed, size); err != nil {
-		return ID{}, false, w.fail(fmt.Errorf("save %v blob %s: %w", t, blob.Short(), err))
+		return false, w.fail(fmt.Errorf("save %v blob %s: %w", t, blob.Short(), err))
 	}
 	w.mu.Lock()
 	w.stats.NewBlobs[t]++
 	w.stats.PlainBytes[t] += int64(len(data))
 	w.stats.StoredBytes[t] += int64(len(*sealed)) + pack.EntrySize(size != 0)
 	w.mu.Unlock()
-	return blob, true, nil
+	return true, nil
 }
 
 // add puts a sealed blob into the open pack of its type.

@@ -1,0 +1,107 @@
+package sums
+
+import (
+	"crypto/sha1" //nolint:gosec // see sums.go
+	"crypto/sha256"
+	"encoding/binary"
+
+	"github.com/klauspost/cpuid/v2"
+)
+
+const (
+	block = 64 // bytes, of both
+	// step is how many blocks are done at once: no goroutine can be stopped in the middle of it, and a
+	// garbage collection would wait.
+	step = 1024
+)
+
+var hardware = cpuid.CPU.Supports(cpuid.SHA, cpuid.SSSE3, cpuid.SSE4)
+
+// What the sums begin with: FIPS 180-4, 5.3.
+var (
+	start1   = [5]uint32{0x67452301, 0xefcdab89, 0x98badcfe, 0x10325476, 0xc3d2e1f0}
+	start256 = [8]uint32{0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a, 0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19}
+)
+
+// both adds blocks at p256 to h256 and as many at p1 to h1. There must be one at least.
+//
+//go:noescape
+func both(h256 *[8]uint32, h1 *[5]uint32, p256, p1 *byte, blocks int)
+
+// pair adds blocks at pa to ha and as many at pb to hb. There must be one at least.
+//
+//go:noescape
+func pair(ha, hb *[8]uint32, pa, pb *byte, blocks int)
+
+func (s *SHA1) sum256(p []byte) [sha256.Size]byte {
+	h := start256
+	rest := p // of what goes into the SHA-1
+	if n := int(s.size % block); n > 0 {
+		k := copy(s.tail[n:], rest)
+		rest = rest[k:]
+		if n+k == block {
+			other := start256
+			both(&other, &s.h, &s.tail[0], &s.tail[0], 1)
+		}
+	}
+	s.size += uint64(len(p))
+	n := len(rest) / block
+	for i := 0; i < n; i += step {
+		both(&h, &s.h, &p[i*block], &rest[i*block], min(step, n-i))
+	}
+	if k := int(s.size % block); len(rest) > 0 {
+		copy(s.tail[:k], rest[n*block:])
+	}
+	// What the SHA-1 had too little of, or had in its tail: two blocks at most, and the last one.
+	return finish256(&h, p[n*block:], len(p))
+}
+
+func (s *SHA1) sum() (sum [sha1.Size]byte) {
+	h, other := s.h, start256
+	var end [2 * block]byte
+	n := copy(end[:], s.tail[:s.size%block])
+	n = pad(&end, n, s.size)
+	both(&other, &h, &end[0], &end[0], n)
+	for i, w := range h {
+		binary.BigEndian.PutUint32(sum[4*i:], w)
+	}
+	return sum
+}
+
+// finish256 adds the last bytes of a text of the given size to h, and returns the sum.
+func finish256(h *[8]uint32, rest []byte, size int) (sum [sha256.Size]byte) {
+	other := start256
+	for len(rest) >= block {
+		n := min(step, len(rest)/block)
+		pair(h, &other, &rest[0], &rest[0], n)
+		rest = rest[n*block:]
+	}
+	var end [2 * block]byte
+	n := pad(&end, copy(end[:], rest), uint64(size))
+	pair(h, &other, &end[0], &end[0], n)
+	for i, w := range h {
+		binary.BigEndian.PutUint32(sum[4*i:], w)
+	}
+	return sum
+}
+
+// pad ends a text of size bytes, of which the last n, less than a block, are in end. It returns how many blocks
+// that makes.
+func pad(end *[2 * block]byte, n int, size uint64) int {
+	end[n] = 0x80
+	blocks := 1
+	if n+1+8 > block {
+		blocks = 2
+	}
+	binary.BigEndian.PutUint64(end[blocks*block-8:], 8*size)
+	return blocks
+}
+
+func sumPair(a, b []byte) (sumA, sumB [sha256.Size]byte) {
+	ha, hb := start256, start256
+	n := min(len(a), len(b)) / block
+	for i := 0; i < n; i += step {
+		pair(&ha, &hb, &a[i*block], &b[i*block], min(step, n-i))
+	}
+	return finish256(&ha, a[n*block:], len(a)), finish256(&hb, b[n*block:], len(b))
+}

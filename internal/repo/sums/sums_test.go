@@ -1,0 +1,120 @@
+package sums
+
+import (
+	"crypto/sha1"
+	"crypto/sha256"
+	"math/rand/v2"
+	"testing"
+)
+
+func random(n int) []byte {
+	p := make([]byte, n)
+	c := rand.NewChaCha8([32]byte{7})
+	_, _ = c.Read(p)
+	return p
+}
+
+// each runs f as a processor without the instructions would, and as this one does.
+func each(t *testing.T, f func(t *testing.T, start func() *SHA1)) {
+	t.Run("library", func(t *testing.T) { f(t, func() *SHA1 { return &SHA1{std: sha1.New()} }) })
+	t.Run("processor", func(t *testing.T) { f(t, New) })
+}
+
+// All lengths around the borders of blocks, at all distances from a border that earlier bytes left.
+func TestSumsAreThoseOfTheLibrary(t *testing.T) {
+	p := random(700)
+	each(t, func(t *testing.T, start func() *SHA1) {
+		for before := range 130 {
+			for n := range 330 {
+				s := start()
+				s.Write(p[:before])
+				piece := p[before : before+n : before+n]
+				if got := s.Sum256(piece); got != sha256.Sum256(piece) {
+					t.Fatalf("SHA-256 of %d bytes after %d", n, before)
+				}
+				if s.Sum() != sha1.Sum(p[:before+n]) {
+					t.Fatalf("SHA-1 of %d and %d bytes", before, n)
+				}
+			}
+		}
+	})
+}
+
+func TestPiecesOfAnySize(t *testing.T) {
+	p := random(3 << 20)
+	r := rand.New(rand.NewPCG(1, 2))
+	each(t, func(t *testing.T, start func() *SHA1) {
+		for range 30 {
+			s, at := start(), 0
+			for at < len(p) {
+				n := min(len(p)-at, r.IntN(1<<r.IntN(21)+1))
+				if s.Sum256(p[at:at+n]) != sha256.Sum256(p[at:at+n]) {
+					t.Fatalf("SHA-256 of %d bytes at %d", n, at)
+				}
+				at += n
+				if r.IntN(40) == 0 && s.Sum() != sha1.Sum(p[:at]) { // a look does not end it
+					t.Fatalf("SHA-1 of %d bytes", at)
+				}
+			}
+			if s.Sum() != sha1.Sum(p) {
+				t.Fatal("SHA-1 of all")
+			}
+		}
+	})
+}
+
+func TestPair(t *testing.T) {
+	p := random(1 << 20)
+	for _, n := range []int{0, 1, 55, 56, 63, 64, 65, 119, 120, 128, 1000, 70001, 1 << 19} {
+		for _, k := range []int{0, 1, 55, 56, 63, 64, 65, 119, 120, 128, 1000, 70001, 1 << 19} {
+			a, b := p[:n], p[len(p)-k:]
+			if x, y := Pair(a, b); x != sha256.Sum256(a) || y != sha256.Sum256(b) {
+				t.Errorf("%d and %d bytes", n, k)
+			}
+		}
+	}
+}
+
+func FuzzSums(f *testing.F) {
+	f.Add([]byte("abc"), []byte(""), uint8(1))
+	f.Fuzz(func(t *testing.T, a, b []byte, cut uint8) {
+		n := min(int(cut), len(a))
+		s := New()
+		if s.Sum256(a[:n]) != sha256.Sum256(a[:n]) || s.Sum256(a[n:]) != sha256.Sum256(a[n:]) || s.Sum() != sha1.Sum(a) {
+			t.Error("sums differ")
+		}
+		if x, y := Pair(a, b); x != sha256.Sum256(a) || y != sha256.Sum256(b) {
+			t.Error("pair differs")
+		}
+	})
+}
+
+func BenchmarkSums(b *testing.B) {
+	p := random(1 << 20)
+	b.Run("together", func(b *testing.B) {
+		b.SetBytes(1 << 20)
+		s := New()
+		for b.Loop() {
+			s.Sum256(p)
+		}
+	})
+	b.Run("apart", func(b *testing.B) {
+		b.SetBytes(1 << 20)
+		for b.Loop() {
+			sha1.Sum(p)
+			sha256.Sum256(p)
+		}
+	})
+	b.Run("pair", func(b *testing.B) {
+		b.SetBytes(2 << 20)
+		for b.Loop() {
+			Pair(p, p)
+		}
+	})
+	b.Run("one", func(b *testing.B) {
+		b.SetBytes(1 << 20)
+		for b.Loop() {
+			sha256.Sum256(p)
+		}
+	})
+}
