@@ -170,7 +170,7 @@ func (s *store) decomposedSpace(ctx context.Context, sp *space) (*snapshotPart, 
 	quick := !s.c.opts.FullScan && s.localTimes
 	// What an instance with a bucket has in blobs/ is left from before, and nothing knows of it.
 	sc := s.scanner(func(rel string) bool { return s.obj == nil && rel == blobsDir })
-	sc.unreadable = d.unreadable
+	sc.unreadable, sc.ask = d.unreadable, d.allNew()
 	sc.record = s.c.newListingWriter()
 	if quick {
 		sc.old, sc.trust, sc.list = readListing(d.old.nodesSeen, s.rules), d.trustEntry, d.changes(sp.rel)
@@ -214,7 +214,7 @@ func (s *store) decomposedSpace(ctx context.Context, sp *space) (*snapshotPart, 
 		n.blobEntries, n.blobBytes = d.objects.blobEntries, d.objects.blobBytes
 	} else if _, err := s.root.stat(blobsDir); err == nil {
 		sc := s.scanner(nil)
-		sc.unreadable = d.unreadable
+		sc.unreadable, sc.ask = d.unreadable, d.allNew()
 		sc.record = blobsSeen
 		if quick {
 			sc.old, sc.trust, sc.list = readListing(d.old.blobsSeen, s.rules), d.trustEntry, d.changes(blobsDir)
@@ -293,6 +293,9 @@ func SpaceOf(rel string) string {
 func Touched(changed map[string]bool, rel string) bool {
 	return changed[rel] || changed[path.Dir(rel)] || changed["spaces"] || changed[""]
 }
+
+// allNew reports whether no group can be used again.
+func (d *decomposed) allNew() bool { return d.c.opts.FullScan || len(d.old.groups) == 0 }
 
 // changes returns the list of changes if it tells of the directory rel: not if another one was there.
 func (d *decomposed) changes(rel string) *fschange.List {

@@ -300,14 +300,18 @@ func (w *tarWorker) entry(ctx context.Context, e *entry) error {
 		return nil
 	}
 	var err error
-	if te.xattrs, err = w.d.xattrs(e.path); err != nil {
-		return lost(err)
+	if !e.bare {
+		if te.xattrs, err = w.d.xattrs(e.path); err != nil {
+			return lost(err)
+		}
 	}
 	var data []byte
 	switch {
 	case e.isSymlink():
-		if te.link, err = w.d.readlink(e.path); err != nil {
-			return lost(err)
+		if te.link = e.link; te.link == "" {
+			if te.link, err = w.d.readlink(e.path); err != nil {
+				return lost(err)
+			}
 		}
 	case e.isRegular():
 		if te.content = w.h.ref(e); te.content != "" {

@@ -179,6 +179,9 @@ type entry struct {
 	ctime timespec
 	// hardlink is the path of the first name of the same file, if this is another one.
 	hardlink string
+	// What the scan asked already, if it did: see ask.
+	bare bool   // there are no extended attributes
+	link string // target of a symbolic link
 }
 
 type timespec struct {
@@ -217,6 +220,28 @@ func (r *root) stat(rel string) (entry, error) {
 	}
 	e.fill(&st)
 	return e, nil
+}
+
+// ask finds out what is cheap to know of the entry name while its directory dir is open: whether it has no
+// attributes, as most have none, and where a link leads. A whole chain of directories that hold one entry each
+// need not be opened again then. What cannot be found out is left to [details]. buf is room for a target.
+func (e *entry) ask(dir int, name string, buf []byte) {
+	if noListxattrat.Load() {
+		return
+	}
+	n, err := listxattrat(dir, name, buf)
+	switch {
+	case err == nil:
+		e.bare = n == 0
+	case errors.Is(err, unix.ENOTSUP): // this file system has none
+		e.bare = true
+	}
+	if !e.isSymlink() {
+		return
+	}
+	if n, err := unix.Readlinkat(dir, name, buf); err == nil && n < len(buf) {
+		e.link = string(buf[:n])
+	}
 }
 
 // xattr is one extended attribute.

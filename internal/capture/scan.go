@@ -35,6 +35,9 @@ type scanner struct {
 	list *fschange.List
 	// trust reports whether an entry in an unchanged directory cannot have changed by itself.
 	trust func(e *entry) bool
+	// ask has what the groups will ask of each entry asked while its directory is open: they read all of
+	// them, because nothing is known.
+	ask bool
 	// listed counts the directories that were listed; nil: they are not counted.
 	listed *atomic.Int64
 	// taken counts the entries that were not looked at because of the list; nil: they are not counted.
@@ -197,9 +200,12 @@ type lister struct {
 	sc    *scanner
 	buf   []byte
 	names []string
+	link  []byte // room for the target of a link
 }
 
-func newLister(sc *scanner) *lister { return &lister{sc: sc, buf: make([]byte, 32<<10)} }
+func newLister(sc *scanner) *lister {
+	return &lister{sc: sc, buf: make([]byte, 32<<10), link: make([]byte, 4<<10)}
+}
 
 // list appends the entries of the directory dir, in order; old is what is known of it.
 func (l *lister) list(dir *entry, old oldDir, out *[]scanItem) {
@@ -348,7 +354,11 @@ func (l *lister) read(dir *entry, old oldDir) (found []scanItem, known []oldDir)
 			continue // gone in between: it is not part of the picture
 		}
 		found = append(found, scanItem{entry: entry{path: p}})
-		found[len(found)-1].fill(&st)
+		e := &found[len(found)-1].entry
+		e.fill(&st)
+		if l.sc.ask {
+			e.ask(fd, name, l.link)
+		}
 	}
 	if !old.known {
 		return found, nil
