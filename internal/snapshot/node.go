@@ -134,6 +134,13 @@ var errNoNodes = errors.New("no list of nodes")
 //
 // Errors: data that is no tree, or a node name whose quoting is broken.
 func DecodeTree(p []byte) (*Tree, error) {
+	if t, ok := canonical(p); ok {
+		return t, nil
+	}
+	return decodeJSON(p)
+}
+
+func decodeJSON(p []byte) (*Tree, error) {
 	var jt jsonTree
 	if err := json.Unmarshal(p, &jt); err != nil {
 		return nil, fmt.Errorf("decode tree: %w", err)

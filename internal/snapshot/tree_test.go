@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"reflect"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -153,14 +154,88 @@ func TestTreeWriterRefusesDisorder(t *testing.T) {
 	}
 }
 
+// The quick way gives what encoding/json gives, is taken for what we and restic write, and for nothing that it does not know.
+func TestCanonical(t *testing.T) {
+	var plain []*Node // names and targets without escapes
+	for _, n := range sampleNodes() {
+		if q := strconv.Quote(n.Name); q[1:len(q)-1] == n.Name && !bytes.ContainsAny([]byte(n.Name), `<>&`) && n.LinkTarget == string([]rune(n.LinkTarget)) {
+			plain = append(plain, n)
+		}
+	}
+	if len(plain) < 3 {
+		t.Fatalf("%d plain nodes", len(plain))
+	}
+	node := `{"name":"a","type":"file","mode":420,"mtime":"2026-11-27T12:00:00.5+01:00","atime":"x","ctime":"","uid":1,"gid":2,"user":"u","group":"g","inode":3,"device_id":4,"size":5,"links":6,"content":["` + strings.Repeat("aB", 32) + `"]}`
+	for _, c := range []struct {
+		name, text string
+		quick      bool
+	}{
+		{"ours", string(EncodeTree(plain)), true},
+		{"empty", string(EncodeTree(nil)), true},
+		{"restic's", `{"nodes":[` + node + `]}` + "\n", true},
+		{"two", `{"nodes":[` + node + `,` + node + `]}`, true},
+		{"letters", `{"nodes":[` + strings.Replace(node, `"a"`, `"äöü 日本"`, 1) + `]}`, true},
+		{"no letters", `{"nodes":[` + strings.Replace(node, `"a"`, "\"\xff\"", 1) + `]}`, false},
+		{"escape", `{"nodes":[` + strings.Replace(node, `"a"`, `"\\\\x41"`, 1) + `]}`, false},
+		{"quote", `{"nodes":[` + strings.Replace(node, `"a"`, `"\u0041"`, 1) + `]}`, false},
+		{"another field", `{"nodes":[` + strings.Replace(node, `,"uid"`, `,"x":{},"uid"`, 1) + `]}`, false},
+		{"another order", `{"nodes":[` + strings.Replace(node, `"uid":1,"gid":2`, `"gid":2,"uid":1`, 1) + `]}`, false},
+		{"twice", `{"nodes":[` + strings.Replace(node, `"uid":1`, `"uid":1,"uid":7`, 1) + `]}`, false},
+		{"blank", `{"nodes": [` + node + `]}`, false},
+		{"rest", `{"nodes":[` + node + `]}x`, false},
+		{"comma", `{"nodes":[` + node + `,]}`, false},
+		{"no comma", `{"nodes":[` + node + node + `]}`, false},
+		{"large number", `{"nodes":[` + strings.Replace(node, `"size":5`, `"size":18446744073709551615`, 1) + `]}`, false},
+		{"too large a number", `{"nodes":[` + strings.Replace(node, `"uid":1`, `"uid":4294967296`, 1) + `]}`, false},
+		{"leading zero", `{"nodes":[` + strings.Replace(node, `"uid":1`, `"uid":01`, 1) + `]}`, false},
+		{"no time", `{"nodes":[` + strings.Replace(node, `2026-11`, `2026-13`, 1) + `]}`, false},
+		{"short id", `{"nodes":[` + strings.Replace(node, `aBaB`, `aB`, 1) + `]}`, false},
+		{"base64", `{"nodes":[` + strings.Replace(node, `,"content"`, `,"extended_attributes":[{"name":"n","value":""},{"name":"m","value":"AAE="}],"content"`, 1) + `]}`, true},
+		{"no base64", `{"nodes":[` + strings.Replace(node, `,"content"`, `,"extended_attributes":[{"name":"n","value":"?"}],"content"`, 1) + `]}`, false},
+		{"raw target", `{"nodes":[` + strings.Replace(node, `,"content"`, `,"linktarget":"x","linktarget_raw":"//4=","content"`, 1) + `]}`, true},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			quick, ok := canonical([]byte(c.text))
+			if ok != c.quick {
+				t.Fatalf("taken: %v: %s", ok, c.text)
+			}
+			slow, err := decodeJSON([]byte(c.text))
+			if ok && (err != nil || !reflect.DeepEqual(quick, slow)) {
+				t.Errorf("%+v, not %+v, %v", quick, slow, err)
+			}
+			if got, gerr := DecodeTree([]byte(c.text)); (gerr == nil) != (err == nil) || err == nil && !reflect.DeepEqual(got, slow) {
+				t.Errorf("%+v, %v, not %+v, %v", got, gerr, slow, err)
+			}
+		})
+	}
+	// Cut off or changed anywhere, it is what encoding/json says of it.
+	own := EncodeTree(plain)
+	for i := range own {
+		for _, p := range [][]byte{own[:i], append(append(bytes.Clone(own[:i]), own[i]^1), own[i+1:]...)} {
+			if quick, ok := canonical(p); ok {
+				if slow, err := decodeJSON(p); err != nil || !reflect.DeepEqual(quick, slow) {
+					t.Fatalf("%q is quickly\n%+v, and by encoding/json\n%+v, %v", p, quick, slow, err)
+				}
+			}
+		}
+	}
+}
+
 func FuzzDecodeTree(f *testing.F) {
 	f.Add(EncodeTree(nil))
 	f.Add(EncodeTree(sampleNodes()))
+	f.Add(EncodeTree(usualNodes()))
 	f.Add([]byte(`{"nodes":[{"name":"..","type":"dir","subtree":null}]}`))
 	f.Add([]byte(`{"nodes":null}`))
 	f.Add([]byte(`{"nodes":[{"name":"\\q","type":"file","mtime":"2026-13-01T00:00:00Z"}]}`))
 	f.Fuzz(func(t *testing.T, p []byte) {
 		tree, err := DecodeTree(p)
+		if quick, ok := canonical(p); ok {
+			// The quick way is right, or not taken.
+			if slow, err := decodeJSON(p); err != nil || !reflect.DeepEqual(quick, slow) {
+				t.Fatalf("%q is quickly\n%+v, and by encoding/json\n%+v, %v", p, quick, slow, err)
+			}
+		}
 		if err != nil {
 			return
 		}
