@@ -81,7 +81,7 @@ Blobs that are stored already are not read again.
 	fs.StringVar(&f.host, "host", "", "`name` of this machine in the snapshot (default: its host name)")
 	fs.StringArrayVar(&f.tags, "tag", nil, "add this `tag` to the snapshot; may be repeated")
 	fs.BoolVarP(&f.dryRun, "dry-run", "n", false, "read and prove, but write nothing into the repository")
-	fs.BoolVar(&f.fullScan, "full-scan", false, "compare everything, also what cannot have changed since the last backup")
+	fs.BoolVar(&f.fullScan, "full-scan", false, "look at everything, also at what the server cannot have changed since the last backup")
 	fs.StringVar(&f.repo.compression, "compression", "auto", "`mode`: auto, off or max")
 	fs.IntVar(&f.repo.packSize, "pack-size", 0, "size of the repository's files in `MiB`, 4 to 128 (default 16)")
 	return c

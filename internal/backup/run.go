@@ -110,6 +110,7 @@ func Run(ctx context.Context, o Options) (*Result, error) {
 		return nil, err
 	}
 	defer b.closeBuckets()
+	defer func() { b.cache.Close() }()
 	// Which data sets can be held still by views, and which must be copied while nothing writes.
 	if err := b.planViews(ctx); err != nil {
 		return nil, err
@@ -208,6 +209,7 @@ func prepare(ctx context.Context, o *Options) (*run, error) {
 	}
 	if err = b.openBuckets(ctx); err != nil {
 		b.closeBuckets()
+		b.cache.Close()
 		return nil, err
 	}
 	b.distrustCache()
@@ -373,6 +375,7 @@ func (b *run) commit(ctx context.Context, got *capture.Result) (*Result, error) 
 
 // remember writes the cache for the next run. Failing is no harm.
 func (b *run) remember(res *Result, c *capture.Cache) {
+	defer c.Close()
 	if b.cachePath == "" || b.dry != nil {
 		return
 	}
@@ -468,6 +471,9 @@ func loadCache(o *Options, path string) *capture.Cache {
 	c, err := capture.LoadCache(path)
 	if err != nil {
 		o.warn("%v", err)
+	}
+	if o.DryRun {
+		c.InMemory()
 	}
 	return c
 }

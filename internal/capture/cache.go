@@ -10,7 +10,9 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"sort"
 	"strings"
+	"sync"
 
 	"github.com/holdfast-backup/holdfast/internal/fschange"
 	"github.com/holdfast-backup/holdfast/internal/pax"
@@ -24,10 +26,13 @@ type Cache struct {
 	// Snapshot is the backup that wrote it; null after a warm copy. What it names is used again only
 	// while the repository has it, since prune may have taken what only a forgotten snapshot needed.
 	Snapshot id.ID
-	spaces   map[string]*cachedSpace // by store and space id; "" as space id: the rest of the store
 	plain    map[string]*cachedPlain // by data set: what its files hold
 	// marks are the moments of which spaces tell, by store, where the file system lists changes since.
 	marks map[string]fschange.Mark
+
+	mu     sync.Mutex
+	spaces map[string]slot // by store and space id; "" as space id: the rest of the store
+	out    *shelf          // takes what comes
 }
 
 // cachedSpace is one space, or the part of a store that belongs to no space.
@@ -39,10 +44,14 @@ type cachedSpace struct {
 	result []byte            // encoded spaceResult; nil if it must not be used again
 	// What the scans of the nodes and of the blobs saw: listings; nil if directories must be listed.
 	nodesSeen, blobsSeen []byte
+	// at is where it lies, if it lies there as it is; was is where it came from.
+	at, was *slot
 	// live: made or checked by this process, under the lock that still holds. It is not saved.
 	live   bool
 	counts counts
 	rules  uint64 // what was left out
+	// looked is when the space was looked at in full for the last time, seen when it was last looked at.
+	looked, seen timespec
 	// spare counts the objects of a bucket that nothing refers to, as of the last listing.
 	spare spareCount
 }
@@ -66,7 +75,7 @@ type cachedFile struct {
 func (c *Cache) Knows(d id.ID) bool { return c != nil && c.Snapshot == d }
 
 func newCache() *Cache {
-	return &Cache{spaces: map[string]*cachedSpace{}, plain: map[string]*cachedPlain{}, marks: map[string]fschange.Mark{}}
+	return &Cache{spaces: map[string]slot{}, plain: map[string]*cachedPlain{}, marks: map[string]fschange.Mark{}, out: &shelf{}}
 }
 
 // carryPlain takes over what old knows of a data set that was not read.
@@ -99,43 +108,44 @@ func (c *Cache) DropStore(name string) {
 }
 
 // cacheMagic names the format; another number is another format, and then the cache is not used.
-const cacheMagic = "holdfast cache 7\n"
+const cacheMagic = "holdfast cache 8\n"
 
-// LoadCache reads the cache at path. Anything wrong with it gives an empty cache and an error worth
-// a line at the most.
+// LoadCache opens the cache at path. Anything wrong with it gives an empty cache and an error worth
+// a line at the most. Spaces are read when they are worked on; what is wrong with one of them makes that one
+// unknown. Close must be called when the last cache that came of it is no longer used.
 func LoadCache(path string) (*Cache, error) {
-	c := newCache()
+	c, err := loadIndex(path)
+	if err != nil {
+		c = newCache()
+		_, c.out = openShelf(path, "", 0)
+		if errors.Is(err, os.ErrNotExist) {
+			err = nil
+		}
+	}
+	return c, err
+}
+
+// loadIndex reads the file at path: all but the spaces.
+func loadIndex(path string) (*Cache, error) {
 	p, err := os.ReadFile(path)
 	if err != nil {
-		if errors.Is(err, os.ErrNotExist) {
-			return c, nil
-		}
-		return c, fmt.Errorf("read cache: %w", err)
+		return nil, fmt.Errorf("read cache: %w", err)
 	}
 	if len(p) < len(cacheMagic)+id.Size || !bytes.HasPrefix(p, []byte(cacheMagic)) {
-		return c, fmt.Errorf("cache %s is of another format: it is made anew", path)
+		return nil, fmt.Errorf("cache %s is of another format: it is made anew", path)
 	}
+	damaged := fmt.Errorf("cache %s is damaged: it is made anew", path)
 	sum := id.ID(p[len(p)-id.Size:])
 	p = p[:len(p)-id.Size]
 	if id.Hash(p) != sum {
-		return c, fmt.Errorf("cache %s is damaged: it is made anew", path)
+		return nil, damaged
 	}
+	c := newCache()
 	d := decoder{p: p[len(cacheMagic):]}
 	c.Snapshot = d.id()
+	name, size := d.str(), d.int()
 	for n := d.count(); n > 0 && !d.bad; n-- {
-		key := d.str()
-		s := &cachedSpace{folder: d.str(), print: d.id(), groups: map[string]*group{}}
-		for m := d.count(); m > 0 && !d.bad; m-- {
-			g := &group{}
-			g.decode(&d)
-			s.groups[g.first] = g
-		}
-		s.result = d.bytes()
-		s.nodesSeen, s.blobsSeen = d.bytes(), d.bytes()
-		s.spare = spareCount{listed: d.bool(), objects: d.int(), bytes: d.int(), captured: d.int()}
-		s.counts = counts{d.int(), d.int(), d.int(), d.int()}
-		s.rules = uint64(d.int())
-		c.spaces[key] = s
+		c.spaces[d.str()] = slot{off: d.int(), len: d.int(), sum: d.id()}
 	}
 	for n := d.count(); n > 0 && !d.bad; n-- {
 		key := d.str()
@@ -156,23 +166,150 @@ func LoadCache(path string) (*Cache, error) {
 		c.marks[name] = fschange.Mark(d.str())
 	}
 	if d.bad {
-		return newCache(), fmt.Errorf("cache %s is damaged: it is made anew", path)
+		return nil, damaged
 	}
+	in, out := openShelf(path, name, size)
+	for key, t := range c.spaces {
+		t.on = in
+		c.spaces[key] = t
+	}
+	c.out = out
 	return c, nil
 }
 
-// Save writes the cache to path, atomically and for the owner alone: it tells names.
+// InMemory keeps what comes from now on in memory and leaves the files of the cache as they are.
+func (c *Cache) InMemory() { c.out = &shelf{} }
+
+// Close gives the files of the cache up. Closing more than once does no harm.
+func (c *Cache) Close() {
+	if c == nil {
+		return
+	}
+	c.out.close()
+	for _, t := range c.spaces {
+		t.on.close()
+	}
+}
+
+// space returns what c knows of a space; nil if that is nothing, or damaged.
+func (c *Cache) space(key string) *cachedSpace {
+	t, ok := c.spaces[key]
+	if !ok {
+		return nil
+	}
+	p, ok := t.get()
+	if !ok {
+		return nil
+	}
+	s := decodeSpace(p)
+	if s != nil {
+		s.live, s.at = t.live, &t
+	}
+	return s
+}
+
+// putSpace keeps s. What cannot be written is kept in memory, and so is what comes after it.
+func (c *Cache) putSpace(key string, s *cachedSpace) {
+	at, err := c.place(s)
+	if err != nil {
+		c.mu.Lock()
+		c.out = &shelf{}
+		c.mu.Unlock()
+		at, _ = c.place(s) // memory never fails
+	}
+	at.live = s.live
+	c.mu.Lock()
+	c.spaces[key] = at
+	c.mu.Unlock()
+}
+
+func (c *Cache) place(s *cachedSpace) (slot, error) {
+	if s.at != nil {
+		return *s.at, nil
+	}
+	p := encodeSpace(s)
+	if s.was != nil && id.Hash(p) == s.was.sum {
+		return *s.was, nil
+	}
+	c.mu.Lock()
+	out := c.out
+	c.mu.Unlock()
+	return out.put(p)
+}
+
+func encodeSpace(s *cachedSpace) []byte {
+	var e encoder
+	e.str(s.folder)
+	e.id(s.print)
+	e.count(len(s.groups))
+	firsts := make([]string, 0, len(s.groups))
+	for first := range s.groups {
+		firsts = append(firsts, first)
+	}
+	sort.Strings(firsts)
+	for _, first := range firsts {
+		s.groups[first].encode(&e)
+		e.blobs = e.blobs[:0]
+	}
+	for _, b := range [][]byte{s.result, s.nodesSeen, s.blobsSeen} {
+		e.bytes(b)
+	}
+	e.bool(s.spare.listed)
+	for _, v := range []int64{
+		s.spare.objects, s.spare.bytes, s.spare.captured,
+		s.counts.metaEntries, s.counts.metaBytes, s.counts.blobEntries, s.counts.blobBytes,
+	} {
+		e.int(v)
+	}
+	e.int(int64(s.rules))
+	e.time(s.looked)
+	e.time(s.seen)
+	return e.p
+}
+
+// decodeSpace returns nil if p cannot be read.
+func decodeSpace(p []byte) *cachedSpace {
+	d := decoder{p: p}
+	s := &cachedSpace{folder: d.str(), print: d.id(), groups: map[string]*group{}}
+	for m := d.count(); m > 0 && !d.bad; m-- {
+		g := &group{}
+		g.decode(&d)
+		s.groups[g.first] = g
+	}
+	s.result = d.bytes()
+	s.nodesSeen, s.blobsSeen = d.bytes(), d.bytes()
+	s.spare = spareCount{listed: d.bool(), objects: d.int(), bytes: d.int(), captured: d.int()}
+	s.counts = counts{d.int(), d.int(), d.int(), d.int()}
+	s.rules = uint64(d.int())
+	s.looked, s.seen = d.time(), d.time()
+	if d.bad {
+		return nil
+	}
+	return s
+}
+
+// Save writes the cache to path and to files beside it that begin with that name, for the owner alone: it
+// tells names. A kill leaves the cache as it was.
 func (c *Cache) Save(path string) error {
-	dir := filepath.Dir(path)
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+	if err := c.save(path); err != nil {
 		return fmt.Errorf("write cache: %w", err)
 	}
-	f, err := os.CreateTemp(dir, filepath.Base(path)+".tmp-*")
+	return nil
+}
+
+func (c *Cache) save(path string) error {
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return err
+	}
+	if err := c.tidy(path); err != nil {
+		return err
+	}
+	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".tmp-*")
 	if err != nil {
-		return fmt.Errorf("write cache: %w", err)
+		return err
 	}
 	defer os.Remove(f.Name())
-	err = c.write(f)
+	err = c.writeIndex(f)
 	if cerr := f.Close(); err == nil {
 		err = cerr
 	}
@@ -180,45 +317,81 @@ func (c *Cache) Save(path string) error {
 		err = os.Rename(f.Name(), path)
 	}
 	if err != nil {
-		return fmt.Errorf("write cache: %w", err)
+		return err
 	}
+	sweepShelves(path, c.index().name())
 	return nil
 }
 
-// write writes the cache piece by piece: as a whole it would be in memory twice.
-func (c *Cache) write(f io.Writer) error {
+// index is the shelf that all spaces lie on after tidy.
+func (c *Cache) index() *shelf {
+	for _, t := range c.spaces {
+		return t.on
+	}
+	return c.out
+}
+
+// tidy sees to it that all spaces lie on one shelf that belongs to path and of which not much is waste.
+func (c *Cache) tidy(path string) error {
+	var live int64
+	on := map[*shelf]bool{}
+	for _, t := range c.spaces {
+		live += t.len
+		on[t.on] = true
+	}
+	if len(on) <= 1 {
+		if s := c.index(); s.base == path+shelfSuffix && s.used() <= 2*live+shelfWaste {
+			return nil
+		}
+	}
+	out := c.out
+	if out.base != path+shelfSuffix || out.used() > 2*live+shelfWaste {
+		out = &shelf{base: path + shelfSuffix}
+	}
+	for key, t := range c.spaces {
+		if t.on == out {
+			continue
+		}
+		p, ok := t.get()
+		if !ok {
+			delete(c.spaces, key)
+			continue
+		}
+		at, err := out.put(p)
+		if err != nil {
+			return err
+		}
+		at.live = t.live
+		c.spaces[key] = at
+	}
+	c.out = out
+	return nil
+}
+
+// shelfWaste is how much of a shelf may be waste in any case, in bytes.
+const shelfWaste = 4 << 20
+
+// writeIndex writes all but the spaces.
+func (c *Cache) writeIndex(f io.Writer) error {
 	h := sha256.New()
 	e := encoder{p: []byte(cacheMagic)}
-	w := bufio.NewWriterSize(io.MultiWriter(f, h), 1<<20)
+	w := bufio.NewWriterSize(io.MultiWriter(f, h), 1<<16)
 	// What cannot be written to f shows at the end: bufio keeps the error.
 	put := func() {
 		_, _ = w.Write(e.p)
 		e.p, e.blobs = e.p[:0], e.blobs[:0]
 	}
 	e.id(c.Snapshot)
+	on := c.index()
+	e.str(on.name())
+	e.int(on.used())
 	e.count(len(c.spaces))
-	for key, s := range c.spaces {
+	for key, t := range c.spaces {
 		e.str(key)
-		e.str(s.folder)
-		e.id(s.print)
-		e.count(len(s.groups))
-		for _, g := range s.groups {
-			g.encode(&e)
-			put()
-		}
-		for _, b := range [][]byte{s.result, s.nodesSeen, s.blobsSeen} {
-			e.count(len(b))
-			put()
-			_, _ = w.Write(b)
-		}
-		e.bool(s.spare.listed)
-		e.int(s.spare.objects)
-		e.int(s.spare.bytes)
-		e.int(s.spare.captured)
-		for _, n := range []int64{s.counts.metaEntries, s.counts.metaBytes, s.counts.blobEntries, s.counts.blobBytes} {
-			e.int(n)
-		}
-		e.int(int64(s.rules))
+		e.int(t.off)
+		e.int(t.len)
+		e.id(t.sum)
+		put()
 	}
 	e.count(len(c.plain))
 	for key, pl := range c.plain {

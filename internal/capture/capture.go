@@ -197,6 +197,7 @@ func New(r Repository, t Target, o Options) *Capture {
 		root:  newFolder(), sets: map[int]snapshot.DataSet{}, found: map[int]snapshot.Store{}, buckets: map[int]snapshot.DataSet{},
 		next: newCache(),
 	}
+	c.next.out = o.Cache.out
 	c.saver = newSaver(t, r.ChunkerSeed(), &c.bytesRead, o.Limits)
 	c.proof.Missing = []snapshot.Missing{}
 	return &Capture{c}
@@ -335,6 +336,9 @@ func (c *capturer) racy(entries []entry) bool {
 // racyWindow is more than the granularity of the coarsest file system times in use (2 s on FAT, which
 // cannot hold a store; 1 s on old NFS servers).
 const racyWindow = time.Second
+
+// now is when the picture was made that is being read.
+func (c *capturer) now() timespec { return timespec{c.started.Unix(), int64(c.started.Nanosecond())} }
 
 func (c *capturer) racyTime(t timespec) bool {
 	limit := c.started.Add(-racyWindow)

@@ -15,6 +15,7 @@ import (
 	"github.com/holdfast-backup/holdfast/internal/ocis"
 	"github.com/holdfast-backup/holdfast/internal/repo"
 	"github.com/holdfast-backup/holdfast/internal/snapshot"
+	"github.com/holdfast-backup/holdfast/internal/storegen"
 	"github.com/holdfast-backup/holdfast/internal/testfixture"
 	"github.com/holdfast-backup/holdfast/internal/verify"
 )
@@ -232,6 +233,147 @@ func TestCacheSurvivesTheDisk(t *testing.T) {
 			t.Error("another tree with a damaged cache")
 		}
 	}
+}
+
+// TestDamagedSpacesOfTheCache: what is wrong with the file of the spaces costs time and nothing else.
+func TestDamagedSpacesOfTheCache(t *testing.T) {
+	inst := instanceOf(testfixture.Unpack(t, "ocis-posix"), "ocis-posix")
+	r, _ := newRepo(t)
+	first, sn, _ := run(t, r, inst, capture.Options{Now: future})
+	file := filepath.Join(t.TempDir(), "[a]", "cache")
+	if err := first.Cache.Save(file); err != nil {
+		t.Fatal(err)
+	}
+	name := shelves(t, file, 1)[0]
+	p, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	write := func(p []byte) func() error { return func() error { return os.WriteFile(name, p, 0o600) } }
+	for what, spoil := range map[string]func() error{
+		"empty": write(nil), "half": write(p[:len(p)/2]), "a bit": write(flip(p, len(p)/3)), "other bytes": write(make([]byte, len(p))),
+		"longer": write(append(bytes.Clone(p), p...)), "gone": func() error { return os.Remove(name) },
+	} {
+		if err := write(p)(); err != nil {
+			t.Fatal(err)
+		}
+		if err := spoil(); err != nil {
+			t.Fatal(err)
+		}
+		c, err := capture.LoadCache(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		res, again, _ := run(t, r, inst, capture.Options{Cache: c, Now: future})
+		if *again.Tree != *sn.Tree {
+			t.Errorf("%s: another tree", what)
+		}
+		if read := res.Stats.BytesRead > 0; read == (what == "longer") {
+			t.Errorf("%s: %d bytes were read", what, res.Stats.BytesRead)
+		}
+		c.Close()
+		res.Cache.Close()
+	}
+}
+
+// shelves returns the files of spaces of the cache at path, of which there must be n.
+func shelves(t *testing.T, path string, n int) []string {
+	t.Helper()
+	all, err := os.ReadDir(filepath.Dir(path))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, e := range all {
+		if strings.HasPrefix(e.Name(), filepath.Base(path)+".spaces-") {
+			names = append(names, filepath.Join(filepath.Dir(path), e.Name()))
+			if st, err := e.Info(); err != nil || st.Mode().Perm() != 0o600 {
+				t.Errorf("%s: %v, %v", e.Name(), st.Mode(), err)
+			}
+		}
+	}
+	if len(names) != n {
+		t.Fatalf("there are %d files of spaces, not %d: %q", len(names), n, names)
+	}
+	return names
+}
+
+// TestCacheIsWrittenWhereItChanged: a backup of what is unchanged writes no space again; what an interrupted
+// run left goes; and two runs at once do not disturb each other.
+func TestCacheIsWrittenWhereItChanged(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "gen")
+	if _, err := storegen.Generate(t.Context(), storegen.Options{Dir: dir, Seed: 9, Files: 400, Bytes: 1 << 20, Spaces: 4}); err != nil {
+		t.Fatal(err)
+	}
+	inst := instanceOf(dir, "opencloud-posix")
+	r, _ := newRepo(t)
+	file := filepath.Join(t.TempDir(), "cache")
+	next := func(before *capture.Cache, save bool) (*capture.Cache, *capture.Result, *snapshot.Snapshot) {
+		t.Helper()
+		res, sn, _ := run(t, r, inst, capture.Options{Cache: before, Now: future})
+		if save {
+			if err := res.Cache.Save(file); err != nil {
+				t.Fatal(err)
+			}
+		}
+		res.Cache.Close()
+		before.Close()
+		c, err := capture.LoadCache(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c, res, sn
+	}
+	size := func() int64 {
+		t.Helper()
+		st, err := os.Stat(shelves(t, file, 1)[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		return st.Size()
+	}
+	c, err := capture.LoadCache(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, first, _ := next(c, true)
+	whole := size()
+	c, _, _ = next(c, true)
+	if now := size(); now != whole {
+		t.Errorf("the spaces took %d bytes and take %d", whole, now)
+	}
+	mutate := func(round uint64) {
+		t.Helper()
+		if _, err := storegen.Mutate(t.Context(), dir, round, 0.01); err != nil {
+			t.Fatal(err)
+		}
+	}
+	mutate(1)
+	c, _, _ = next(c, false) // interrupted: what it wrote is not in the index
+	mutate(2)
+	c, res, inc := next(c, true)
+	if res.Stats.BytesRead > first.Stats.BytesRead/2 {
+		t.Errorf("%d bytes were read after an interrupted run, %d the first time", res.Stats.BytesRead, first.Stats.BytesRead)
+	}
+	if _, full, _ := run(t, r, inst, capture.Options{Now: future}); *full.Tree != *inc.Tree {
+		t.Error("another tree after an interrupted run")
+	}
+	mutate(3)
+	other, err := capture.LoadCache(file) // while c is in use
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, _, _ = next(other, true)
+	c, _, inc = next(c, true)
+	if _, full, _ := run(t, r, inst, capture.Options{Now: future}); *full.Tree != *inc.Tree {
+		t.Error("another tree with two runs at once")
+	}
+	c, _, last := next(c, true)
+	if *last.Tree != *inc.Tree {
+		t.Error("another tree after two runs at once")
+	}
+	size() // and one file is left
+	c.Close()
 }
 
 func flip(p []byte, i int) []byte {

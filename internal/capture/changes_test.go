@@ -321,7 +321,7 @@ func TestListedUnderOtherRules(t *testing.T) {
 	first, sn, _ := run(t, r, s.inst, capture.Options{Now: future})
 	inst := *s.inst
 	inst.DataSets = append(inst.DataSets[:len(inst.DataSets):len(inst.DataSets)],
-		ocis.DataSet{Name: "within", Kind: ocis.System, Path: filepath.Dir(s.blob()), Class: ocis.Optional})
+		ocis.DataSet{Name: "within", Kind: ocis.System, Path: filepath.Dir(s.blob(blobID)), Class: ocis.Optional})
 	_, inc, _ := run(t, r, &inst, capture.Options{Now: future, Cache: reload(t, first.Cache)})
 	_, full, _ := run(t, r, &inst, capture.Options{Now: future, FullScan: true})
 	if *inc.Tree != *full.Tree || *inc.Tree == *sn.Tree {

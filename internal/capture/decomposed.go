@@ -50,6 +50,7 @@ func (s *store) findDecomposedSpaces(ctx context.Context) error {
 				continue // not the place of any space: it goes with the rest of the store
 			}
 			if p, err := d.readFile(sp.rel+"/nodes/"+ocis.NodePath(sp.id)+".mpk", metaLimit); err == nil {
+				sp.packed = true
 				if m, err := parseNode(s.s.Prefix, p); err == nil || m.Space != nil {
 					sp.meta, sp.dtime = m.Space, m.DTime
 				}
@@ -168,12 +169,30 @@ func (s *store) decomposedSpace(ctx context.Context, sp *space) (*snapshotPart, 
 	gr.refsOf = func(entries []entry) ([32]byte, error) { return hashRefs(entries, (&nodeHandler{d: d}).ref), nil }
 	after := false
 	quick := !s.c.opts.FullScan && s.localTimes
+	cs := &cachedSpace{folder: sp.folder, looked: s.c.now(), seen: s.c.now()}
 	// What an instance with a bucket has in blobs/ is left from before, and nothing knows of it.
 	sc := s.scanner(func(rel string) bool { return s.obj == nil && rel == blobsDir })
 	sc.unreadable, sc.ask = d.unreadable, d.allNew()
 	sc.record = s.c.newListingWriter()
+	var onlyBlobs map[string]bool
 	if quick {
-		sc.old, sc.trust, sc.list = readListing(d.old.nodesSeen, s.rules), d.trustEntry, d.changes(sp.rel)
+		sc.old, sc.trust, sc.list = readListing(d.old.nodesSeen, s.rules), nothingInPlace, d.changes(sp.rel)
+		var young bool
+		var err error
+		if sc.only, onlyBlobs, young, err = d.lookShort(ctx); err != nil {
+			return nil, err
+		}
+		if sc.only != nil {
+			cs.looked = d.old.looked
+			if !young && len(sc.only)+len(onlyBlobs) == 0 {
+				cs.seen = d.old.seen // so that what is kept of an unchanged space stays the same
+			}
+			if len(sc.only) == 0 && onlyBlobs != nil && len(onlyBlobs) == 0 {
+				if part := d.asBefore(young); part != nil {
+					return part, nil
+				}
+			}
+		}
 	}
 	nodesSeen := sc.record
 	err := sc.walk(ctx, sp.rel, func(e *entry) error {
@@ -217,7 +236,8 @@ func (s *store) decomposedSpace(ctx context.Context, sp *space) (*snapshotPart, 
 		sc.unreadable, sc.ask = d.unreadable, d.allNew()
 		sc.record = blobsSeen
 		if quick {
-			sc.old, sc.trust, sc.list = readListing(d.old.blobsSeen, s.rules), d.trustEntry, d.changes(blobsDir)
+			sc.old, sc.trust, sc.list = readListing(d.old.blobsSeen, s.rules), nothingInPlace, d.changes(blobsDir)
+			sc.only = onlyBlobs
 		}
 		err := sc.walk(ctx, blobsDir, func(e *entry) error {
 			n.blob(e)
@@ -233,7 +253,7 @@ func (s *store) decomposedSpace(ctx context.Context, sp *space) (*snapshotPart, 
 	groups := append(append([]*group{}, d.nodeGroups...), blobGroups...)
 	sort.Slice(groups, func(i, j int) bool { return comparePaths(groups[i].first, groups[j].first) < 0 })
 	sum := printOf(groups, sp.folder)
-	cs := &cachedSpace{folder: sp.folder, print: sum, counts: n, spare: d.spare}
+	cs.print, cs.counts, cs.spare = sum, n, d.spare
 	if !d.lossy && s.localTimes {
 		cs.nodesSeen = keep(d.old.nodesSeen, nodesSeen.finish(s.rules))
 		cs.blobsSeen = keep(d.old.blobsSeen, blobsSeen.finish(s.rules))
@@ -250,7 +270,7 @@ func (s *store) decomposedSpace(ctx context.Context, sp *space) (*snapshotPart, 
 					n.blobEntries, n.blobBytes = part.proof.Blobs, part.proof.Bytes
 				}
 				cs.result, cs.counts = d.old.result, n
-				s.remember(sp.id, cs, groups)
+				s.remember(sp.id, d.old, cs, groups)
 				part.spare = d.spare
 				return part, nil
 			}
@@ -270,7 +290,7 @@ func (s *store) decomposedSpace(ctx context.Context, sp *space) (*snapshotPart, 
 	if part.perfect {
 		cs.result = encodePart(part)
 	}
-	s.remember(sp.id, cs, groups)
+	s.remember(sp.id, d.old, cs, groups)
 	return part, nil
 }
 
@@ -303,13 +323,6 @@ func (d *decomposed) changes(rel string) *fschange.List {
 		return nil
 	}
 	return d.changed
-}
-
-// trustEntry vouches for what has nothing that could be changed in place: links, and the server's lock
-// files. Everything else is looked at, so that a file that was cut short or written over is seen, too,
-// though no server does that.
-func (d *decomposed) trustEntry(e *entry) bool {
-	return e.isSymlink() || e.size == 0 && strings.HasSuffix(e.path, ".mlock")
 }
 
 func (d *decomposed) unreadable(rel string, err error) {

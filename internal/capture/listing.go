@@ -21,7 +21,7 @@ import (
 type listing struct {
 	owners []owner
 	base   int64  // time in nanoseconds that others are counted from
-	kids   []byte // entries of the directory
+	top    oldDir // the directory itself
 }
 
 // owner is what most entries of a store share.
@@ -68,44 +68,66 @@ func (o *oldDir) same(e *entry) bool {
 	return o.known && o.sure && o.mtime == e.mtime && o.ctime == e.ctime && o.mode == e.mode && o.uid == e.uid && o.gid == e.gid
 }
 
-// each calls fn for the entries in kids, in order, until fn returns false. It reports whether kids
-// could be read to that point. The entry, and the bytes of its name, are valid during the call only.
-func (l *listing) each(kids []byte, fn func(o *oldEntry) bool) bool {
-	d := decoder{p: kids}
-	var o oldEntry
-	name := make([]byte, 0, 64)
-	for len(d.p) > 0 {
-		o = oldEntry{flags: d.byte()}
-		shared := d.count2(len(name))
-		name = append(name[:shared], d.take(d.count())...)
-		o.entry.path = unsafe.String(unsafe.SliceData(name), len(name))
-		if kind := o.flags & listedKind; kind != listedOther {
-			who := d.count2(len(l.owners) - 1)
-			if d.bad {
-				return false
-			}
-			e := &o.entry
-			e.mode, e.uid, e.gid, e.nlink = l.owners[who].mode, l.owners[who].uid, l.owners[who].gid, 1
-			if kind != listedDir {
-				if e.size = d.int(); o.flags&listedSparse == 0 {
-					e.alloc = e.size
-				}
-			}
-			m := l.base + d.int()
-			e.mtime = fromNanoseconds(m)
-			e.ctime = fromNanoseconds(m + d.int())
-			if kind == listedDir {
-				o.kids = d.take(d.count())
-			}
-		}
+// same reports whether the file or link, whose times must prove something, is what it was.
+func (o *oldEntry) same(e *entry) bool {
+	p := &o.entry
+	return e.nlink == 1 && p.mode == e.mode && p.uid == e.uid && p.gid == e.gid && p.size == e.size &&
+		p.mtime == e.mtime && p.ctime == e.ctime
+}
+
+// cursor reads the entries of one directory after the other.
+type cursor struct {
+	l    *listing
+	d    decoder
+	name []byte
+	o    oldEntry // its bytes are valid until the next call
+}
+
+func (c *cursor) reset(kids []byte) { c.d, c.name = decoder{p: kids}, c.name[:0] }
+
+// next reads the next entry into c.o. At the end, or where it cannot read on (c.d.bad), it returns false.
+func (c *cursor) next() bool {
+	d, o := &c.d, &c.o
+	if len(d.p) == 0 {
+		return false
+	}
+	*o = oldEntry{flags: d.byte()}
+	shared := d.count2(len(c.name))
+	c.name = append(c.name[:shared], d.take(d.count())...)
+	o.entry.path = unsafe.String(unsafe.SliceData(c.name), len(c.name))
+	if kind := o.flags & listedKind; kind != listedOther {
+		who := d.count2(len(c.l.owners) - 1)
 		if d.bad {
 			return false
 		}
-		if !fn(&o) {
+		e, w := &o.entry, &c.l.owners[who]
+		e.mode, e.uid, e.gid, e.nlink = w.mode, w.uid, w.gid, 1
+		if kind != listedDir {
+			if e.size = d.int(); o.flags&listedSparse == 0 {
+				e.alloc = e.size
+			}
+		}
+		m := c.l.base + d.int()
+		e.mtime = fromNanoseconds(m)
+		e.ctime = fromNanoseconds(m + d.int())
+		if kind == listedDir {
+			o.kids = d.take(d.count())
+		}
+	}
+	return !d.bad
+}
+
+// each calls fn for the entries in kids, in order, until fn returns false. It reports whether kids
+// could be read to that point. The entry, and the bytes of its name, are valid during the call only.
+func (l *listing) each(kids []byte, fn func(o *oldEntry) bool) bool {
+	c := cursor{l: l, name: make([]byte, 0, 64)}
+	c.reset(kids)
+	for c.next() {
+		if !fn(&c.o) {
 			return true
 		}
 	}
-	return true
+	return !c.d.bad
 }
 
 // count2 reads a number that is at most limit.
@@ -142,6 +164,7 @@ type listingWriter struct {
 	index  map[owner]int
 	stack  []listingDir
 	spare  [][]byte
+	top    entry
 	failed bool // the order was not what it must be; nothing is remembered
 }
 
@@ -163,6 +186,7 @@ func (w *listingWriter) add(e *entry) {
 	if len(w.stack) == 0 {
 		w.l.base, _ = e.mtime.nanoseconds()
 		w.stack = append(w.stack, listingDir{path: e.path})
+		w.top = *e
 		return
 	}
 	dir := e.path[:max(0, strings.LastIndexByte(e.path, '/'))]
@@ -252,6 +276,12 @@ func (w *listingWriter) finish(rules uint64) []byte {
 	var e encoder
 	e.int(int64(rules))
 	e.int(w.l.base)
+	e.bool(!w.c.racyTime(w.top.ctime))
+	e.int(int64(w.top.mode))
+	e.int(int64(w.top.uid))
+	e.int(int64(w.top.gid))
+	e.time(w.top.mtime)
+	e.time(w.top.ctime)
 	e.count(len(w.l.owners))
 	for _, o := range w.l.owners {
 		e.int(int64(o.mode))
@@ -268,13 +298,16 @@ func readListing(p []byte, rules uint64) *listing {
 		return nil
 	}
 	l := &listing{base: d.int()}
+	l.top = oldDir{
+		known: true, sure: d.bool(), mode: uint32(d.int()), uid: uint32(d.int()), gid: uint32(d.int()), mtime: d.time(), ctime: d.time(),
+	}
 	for n := d.count(); n > 0 && !d.bad; n-- {
 		l.owners = append(l.owners, owner{uint32(d.int()), uint32(d.int()), uint32(d.int())})
 	}
 	if d.bad {
 		return nil
 	}
-	l.kids = d.p
+	l.top.kids = d.p
 	return l
 }
 

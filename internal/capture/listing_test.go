@@ -86,7 +86,7 @@ func TestListing(t *testing.T) {
 			t.Errorf("%q cannot be read", prefix)
 		}
 	}
-	read("", l.kids)
+	read("", l.top.kids)
 	if !slices.Equal(got, want) {
 		t.Errorf("read back:\n%q\nwant:\n%q", got, want)
 	}
@@ -126,6 +126,6 @@ func FuzzListing(f *testing.F) {
 				return true
 			})
 		}
-		read(l.kids, 0)
+		read(l.top.kids, 0)
 	})
 }

@@ -218,7 +218,7 @@ func (s *store) posixSpace(ctx context.Context, sp *space) (*snapshotPart, error
 	}
 	if same {
 		if part, err := decodePart(p.old.result); err == nil && s.c.hasTrees(part.trees) {
-			s.remember(sp.id, &cachedSpace{folder: sp.folder, print: sum, counts: p.n, result: p.old.result}, groups)
+			s.remember(sp.id, p.old, &cachedSpace{folder: sp.folder, print: sum, counts: p.n, result: p.old.result}, groups)
 			return part, nil
 		}
 	}
@@ -234,7 +234,7 @@ func (s *store) posixSpace(ctx context.Context, sp *space) (*snapshotPart, error
 	if part.perfect {
 		cs.result = encodePart(part)
 	}
-	s.remember(sp.id, cs, groups)
+	s.remember(sp.id, p.old, cs, groups)
 	return part, nil
 }
 

@@ -38,6 +38,9 @@ type scanner struct {
 	// ask has what the groups will ask of each entry asked while its directory is open: they read all of
 	// them, because nothing is known.
 	ask bool
+	// only, if not nil, are the directories, with all above them, that have to be looked at. The rest is as old
+	// says, but for what proves nothing.
+	only map[string]bool
 	// listed counts the directories that were listed; nil: they are not counted.
 	listed *atomic.Int64
 	// taken counts the entries that were not looked at because of the list; nil: they are not counted.
@@ -108,8 +111,8 @@ func (sc *scanner) walk(ctx context.Context, rel string, fn func(*entry) error) 
 	defer stopWatch()
 	first := &scanJob{rel: rel, dir: e, done: make(chan struct{})}
 	if sc.old != nil {
-		// The top is listed in any case; what is below it may be known.
-		first.old = oldDir{known: true, listed: sc.list != nil, kids: sc.old.kids}
+		first.old = sc.old.top
+		first.old.listed = sc.list != nil
 	}
 	return s.consume(first, fn)
 }
@@ -249,6 +252,7 @@ func (l *lister) unchanged(dir *entry, old oldDir) (found []scanItem, known []ol
 		return nil, nil, false
 	}
 	prefix := below(dir.path)
+	asBefore := l.sc.only != nil && !l.sc.only[dir.path]
 	var look []int
 	arrived := false
 	ok = l.sc.old.each(old.kids, func(o *oldEntry) bool {
@@ -268,7 +272,7 @@ func (l *lister) unchanged(dir *entry, old oldDir) (found []scanItem, known []ol
 					arrived = true
 				}
 			}
-		case o.isDir() || o.flags&listedUnsure != 0 || !l.sc.trust(&o.entry):
+		case o.flags&listedUnsure != 0 || !asBefore && (o.isDir() || !l.sc.trust(&o.entry)):
 			look = append(look, len(found))
 		}
 		found, known = append(found, scanItem{entry: o.entry}), append(known, dir)

@@ -46,6 +46,7 @@ type space struct {
 	rel    string // its directory below the store's root
 	meta   *ocis.SpaceMeta
 	dtime  string
+	packed bool   // metadata lies in files, not in attributes
 	folder string // path below spaces/, versions/ and trash/
 }
 
@@ -222,18 +223,20 @@ func (s *store) cacheKey(spaceID string) string {
 }
 
 func (s *store) cached(spaceID string) *cachedSpace {
-	if old := s.c.opts.Cache.spaces[s.cacheKey(spaceID)]; old != nil {
+	if old := s.c.opts.Cache.space(s.cacheKey(spaceID)); old != nil {
 		return old
 	}
 	return &cachedSpace{}
 }
 
-func (s *store) remember(spaceID string, cs *cachedSpace, groups []*group) {
+// remember keeps cs, which was made from the space old, for the next run.
+func (s *store) remember(spaceID string, old, cs *cachedSpace, groups []*group) {
+	cs.was = old.at
 	cs.groups = make(map[string]*group, len(groups))
 	for _, g := range groups {
 		cs.groups[g.first] = g
 	}
-	cs.live, cs.rules = true, s.rules
+	cs.rules = s.rules
 	s.keepSpace(spaceID, cs)
 }
 
@@ -255,15 +258,18 @@ func (s *store) untouched(sp *space, old *cachedSpace) *snapshotPart {
 	if err != nil || !c.hasTrees(part.trees) || !old.live && !s.stillGood(old, part) {
 		return nil
 	}
+	c.taken.Add(s.reuse(sp, old, part))
+	return part
+}
+
+// reuse takes over what old says of the space, of how many entries it returns; part is what is in its result.
+func (s *store) reuse(sp *space, old *cachedSpace, part *snapshotPart) int64 {
 	s.count(old.counts)
 	n := old.counts.metaEntries + old.counts.blobEntries
-	c.entries.Add(n)
-	c.taken.Add(n)
-	cs := *old
-	cs.live = true
-	s.keepSpace(sp.id, &cs)
+	s.c.entries.Add(n)
+	s.keepSpace(sp.id, old)
 	part.spare = old.spare
-	return part
+	return n
 }
 
 // stillGood reports whether what an earlier process remembered of a space is complete in the repository, and
@@ -283,11 +289,10 @@ func (s *store) stillGood(old *cachedSpace, part *snapshotPart) bool {
 	return true
 }
 
-// keepSpace keeps cs for the next run.
+// keepSpace keeps cs, what this run knows of the space, for the next one.
 func (s *store) keepSpace(spaceID string, cs *cachedSpace) {
-	s.c.mu.Lock()
-	s.c.next.spaces[s.cacheKey(spaceID)] = cs
-	s.c.mu.Unlock()
+	cs.live = true
+	s.c.next.putSpace(s.cacheKey(spaceID), cs)
 }
 
 // scanner walks below the store's root, without other data sets and without what skip names.
@@ -336,7 +341,7 @@ func (s *store) rest(ctx context.Context) (content, error) {
 	if f := unrefFolder(nil, large); f != nil {
 		s.unref = f
 	}
-	s.remember("", &cachedSpace{}, groups)
+	s.remember("", old, &cachedSpace{}, groups)
 	return s.finishTar(ctx, groups)
 }
 

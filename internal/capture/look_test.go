@@ -1,0 +1,277 @@
+package capture_test
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/holdfast-backup/holdfast/internal/capture"
+	"github.com/holdfast-backup/holdfast/internal/ocis"
+	"github.com/holdfast-backup/holdfast/internal/storegen"
+)
+
+// replaceMeta writes metadata as the server does: beside it, and then by a rename.
+func (s *tinyStore) replaceMeta(key string, attrs ...string) {
+	s.t.Helper()
+	var a ocis.Attributes
+	for i := 0; i < len(attrs); i += 2 {
+		a = append(a, ocis.Attribute{Key: attrs[i], Value: []byte(attrs[i+1])})
+	}
+	p := s.nodePath(key) + ".mpk"
+	tmp := filepath.Join(filepath.Dir(p), "."+filepath.Base(p)+"123")
+	s.put(tmp, string(ocis.EncodeMPK(a)))
+	s.check(os.Rename(tmp, p))
+}
+
+// meta are the attributes of a file with the content data in blob.
+func meta(blob, data string, more ...string) []string {
+	return append([]string{"user.oc.type", "1", "user.oc.name", "file.txt", "user.oc.parentid", folderID, "user.oc.id", fileID,
+		"user.oc.blobid", blob, "user.oc.blobsize", itoa(len(data)), "user.oc.cs.sha1", sha1Of(data)}, more...)
+}
+
+const (
+	blob2   = "55555555-aaaa-4bbb-8ccc-000000000005"
+	blob3   = "66666666-aaaa-4bbb-8ccc-000000000006"
+	rev1    = fileID + ".REV.2026-01-01T00:00:00.000000001Z"
+	rev2    = fileID + ".REV.2026-01-02T00:00:00.000000002Z"
+	trashed = fileID + ".T.2026-01-03T00:00:00.000000003Z"
+	content = "hello world\n" // of blobID
+)
+
+func (s *tinyStore) blob(id string) string { return s.space("blobs/" + ocis.NodePath(id)) }
+
+// upload puts the bytes of a session where the server keeps them, and finalize moves them to their place.
+func (s *tinyStore) upload(id, data string) {
+	s.t.Helper()
+	s.put(s.path("data/storage/users/uploads/"+id), data)
+}
+
+// copyBlob is what it does where uploads/ lies on another file system.
+func (s *tinyStore) copyBlob(id, data string) {
+	s.t.Helper()
+	s.check(os.MkdirAll(filepath.Dir(s.blob(id)), 0o700))
+	f, err := os.OpenFile(s.blob(id), os.O_CREATE|os.O_WRONLY, 0o700)
+	s.check(err)
+	_, err = f.WriteString(data)
+	s.check(err)
+	s.check(f.Close())
+}
+
+func (s *tinyStore) finalize(id string) {
+	s.t.Helper()
+	s.check(os.MkdirAll(filepath.Dir(s.blob(id)), 0o700))
+	s.check(os.Rename(s.path("data/storage/users/uploads/"+id), s.blob(id)))
+}
+
+// overwrite is an upload to the file: its former content becomes a revision.
+func (s *tinyStore) overwrite(rev, oldBlob, oldData, blob, data string) {
+	s.t.Helper()
+	s.node(rev, false, "user.oc.type", "1", "user.oc.blobid", oldBlob, "user.oc.blobsize", itoa(len(oldData)), "user.oc.cs.sha1", sha1Of(oldData))
+	s.upload(blob, data)
+	s.replaceMeta(fileID, meta(blob, data)...)
+	s.finalize(blob)
+}
+
+func (s *tinyStore) trash() {
+	s.t.Helper()
+	s.replaceMeta(fileID, meta(blobID, content, "user.oc.trash.origin", "/folder/file.txt")...)
+	s.check(os.Rename(s.nodePath(fileID), s.nodePath(trashed)))
+	s.check(os.Rename(s.nodePath(fileID)+".mpk", s.nodePath(trashed)+".mpk"))
+	s.check(os.Remove(filepath.Join(s.nodePath(folderID), "file.txt")))
+	link := s.space("trash/" + ocis.NodePath(fileID))
+	s.check(os.MkdirAll(filepath.Dir(link), 0o700))
+	s.check(os.Symlink("../../../../../nodes/"+ocis.NodePath(trashed), link))
+}
+
+func (s *tinyStore) remove(paths ...string) {
+	s.t.Helper()
+	for _, p := range paths {
+		s.check(os.Remove(p))
+	}
+}
+
+// TestWhatTheServerDoesIsSeen: each way in which the server changes a space is seen by the next backup, although it
+// does not look at files in unchanged directories. A backup is made after each step.
+func TestWhatTheServerDoesIsSeen(t *testing.T) {
+	type steps []func(s *tinyStore)
+	overwrite := func(s *tinyStore) { s.overwrite(rev1, blobID, content, blob2, "second") }
+	for name, todo := range map[string]steps{
+		"upload": {func(s *tinyStore) {
+			s.file("77777777-aaaa-4bbb-8ccc-000000000007", folderID, "new", blob3, "new file")
+		}},
+		"overwrite": {overwrite, func(s *tinyStore) { s.overwrite(rev2, blob2, "second", blob3, "third one") }},
+		"overwrite without versions": {func(s *tinyStore) {
+			s.upload(blob2, "second")
+			s.replaceMeta(fileID, meta(blob2, "second")...)
+			s.finalize(blob2)
+		}},
+		"postprocessing, and a kill between the two steps of its end": {func(s *tinyStore) {
+			s.upload(blob2, "second")
+			s.replaceMeta(fileID, meta(blob2, "second", "user.oc.nodestatus", "processing:"+blob2)...)
+		}, func(s *tinyStore) {
+			s.finalize(blob2)
+		}, func(s *tinyStore) {
+			s.replaceMeta(fileID, meta(blob2, "second")...)
+		}},
+		"upload aborted": {func(s *tinyStore) {
+			s.node(rev1, false, meta(blobID, content)...)
+			s.upload(blob2, "second")
+			s.replaceMeta(fileID, meta(blob2, "second", "user.oc.nodestatus", "processing:"+blob2)...)
+		}, func(s *tinyStore) {
+			s.replaceMeta(fileID, meta(blobID, content)...)
+			s.remove(s.nodePath(rev1), s.nodePath(rev1)+".mpk", s.path("data/storage/users/uploads/"+blob2))
+		}},
+		"upload rolled back after its blob was stored": {overwrite, func(s *tinyStore) {
+			s.replaceMeta(fileID, meta(blobID, content)...)
+			s.remove(s.nodePath(rev1), s.nodePath(rev1)+".mpk", s.blob(blob2))
+		}},
+		"blob that is copied over, and completed in place": {func(s *tinyStore) {
+			s.replaceMeta(fileID, meta(blob2, "second")...)
+			s.copyBlob(blob2, "sec")
+		}, func(s *tinyStore) {
+			s.copyBlob(blob2, "second")
+		}},
+		"blob with another's bytes, replaced in place": {func(s *tinyStore) {
+			s.replaceMeta(fileID, meta(blob2, "second")...)
+			s.copyBlob(blob2, "sEcond")
+		}, func(s *tinyStore) {
+			s.copyBlob(blob2, "second")
+		}},
+		"orphan": {func(s *tinyStore) { s.copyBlob(blob2, "sec") }, func(s *tinyStore) { s.copyBlob(blob2, "second") }, func(s *tinyStore) { s.remove(s.blob(blob2)) }},
+		"version restored": {overwrite, func(s *tinyStore) {
+			s.node(rev2, false, meta(blob2, "second")...)
+			s.replaceMeta(fileID, meta(blobID, content)...)
+		}, func(s *tinyStore) {
+			s.remove(s.nodePath(rev1), s.nodePath(rev1)+".mpk")
+		}},
+		"place of a revision used again": {overwrite, func(s *tinyStore) {
+			s.replaceMeta(rev1, meta(blob2, "second")...)
+			s.upload(blob3, "third one")
+			s.replaceMeta(fileID, meta(blob3, "third one")...)
+			s.finalize(blob3)
+			s.remove(s.blob(blobID))
+		}},
+		"revision purged": {overwrite, func(s *tinyStore) {
+			s.remove(s.nodePath(rev1), s.nodePath(rev1)+".mpk", s.blob(blobID))
+		}},
+		"revision purged together with the blob of the file": {func(s *tinyStore) {
+			s.node(rev1, false, meta(blobID, content)...)
+		}, func(s *tinyStore) {
+			s.remove(s.nodePath(rev1), s.nodePath(rev1)+".mpk", s.blob(blobID))
+		}},
+		"trash": {(*tinyStore).trash, func(s *tinyStore) {
+			s.remove(s.nodePath(trashed), s.nodePath(trashed)+".mpk", s.blob(blobID), s.space("trash/"+ocis.NodePath(fileID)))
+		}},
+		"purge that was killed before the blob": {(*tinyStore).trash, func(s *tinyStore) {
+			s.remove(s.nodePath(trashed), s.nodePath(trashed)+".mpk")
+		}, func(s *tinyStore) {
+			s.remove(s.blob(blobID))
+		}},
+		"purge that was killed after the blob": {(*tinyStore).trash, func(s *tinyStore) {
+			s.remove(s.nodePath(trashed)+".mpk", s.blob(blobID))
+		}},
+		"space disabled, and a purge of it that was killed": {func(s *tinyStore) {
+			s.replaceMeta(spaceID, "user.oc.space.id", spaceID, "user.oc.space.alias", "project/one", "user.oc.dtime", "2026-01-01T00:00:00Z")
+		}, func(s *tinyStore) {
+			s.remove(s.blob(blobID))
+		}},
+		"space purged": {func(s *tinyStore) { s.check(os.RemoveAll(s.space(""))) }},
+		"lock": {func(s *tinyStore) {
+			s.put(s.nodePath(fileID)+".lock", `{"expiration":"1"}`)
+		}, func(s *tinyStore) {
+			s.put(s.nodePath(fileID)+".lock", `{"expiration":"2"}`)
+		}},
+		"folder": {func(s *tinyStore) {
+			s.node("88888888-aaaa-4bbb-8ccc-000000000008", true, "user.oc.type", "2", "user.oc.name", "sub")
+			s.link(folderID, "sub", "88888888-aaaa-4bbb-8ccc-000000000008")
+		}},
+		"propagation": {func(s *tinyStore) {
+			s.replaceMeta(folderID, "user.oc.type", "2", "user.oc.name", "folder", "user.oc.tmtime", "2026-05-01T00:00:00Z")
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newTinyStore(t)
+			s.put(s.path("data/storage/users/uploads/x.info"), "{}")
+			r, _ := newRepo(t)
+			last, sn, _ := run(t, r, s.inst, capture.Options{Now: future})
+			for i, step := range todo {
+				step(s)
+				next, inc, _ := run(t, r, s.inst, capture.Options{Cache: last.Cache, Now: future})
+				_, full, _ := run(t, r, s.inst, capture.Options{Now: future})
+				if *inc.Tree == *sn.Tree {
+					t.Errorf("step %d was not seen", i)
+				}
+				if *inc.Tree != *full.Tree {
+					t.Errorf("step %d: the incremental capture gives another tree than the full one", i)
+				}
+				last, sn = next, inc
+			}
+		})
+	}
+}
+
+// TestFilesSettle: the server is not yet done with a file when its name is there: a revision gets its time a
+// moment later. So what lies in a directory that had just changed is looked at again.
+func TestFilesSettle(t *testing.T) {
+	s := newTinyStore(t)
+	s.node(rev1, false, meta(blobID, content)...)
+	r, _ := newRepo(t)
+	st, err := os.Stat(filepath.Dir(s.nodePath(rev1)))
+	s.check(err)
+	clock := func(d time.Duration) func() time.Time { return func() time.Time { return st.ModTime().Add(d) } }
+	first, sn, _ := run(t, r, s.inst, capture.Options{Now: clock(10 * time.Second)})
+	s.check(os.Chtimes(s.nodePath(rev1), time.Time{}, time.Unix(1e9, 0)))
+	_, inc, _ := run(t, r, s.inst, capture.Options{Cache: first.Cache, Now: clock(time.Hour)})
+	if *inc.Tree == *sn.Tree {
+		t.Error("the time of the revision was not seen")
+	}
+	_, full, _ := run(t, r, s.inst, capture.Options{Now: clock(time.Hour)})
+	if *inc.Tree != *full.Tree {
+		t.Error("the incremental capture gives another tree than the full one")
+	}
+}
+
+// TestAttributesChangedInPlace: what oCIS 2 changes in place is seen, since nothing is believed of such a space.
+func TestAttributesChangedInPlace(t *testing.T) {
+	s := newTinyStore(t)
+	for _, id := range []string{spaceID, folderID, fileID} {
+		s.remove(s.nodePath(id) + ".mpk")
+	}
+	r, _ := newRepo(t)
+	first, sn, _ := run(t, r, s.inst, capture.Options{Now: future})
+	s.check(os.Chmod(s.nodePath(fileID), 0o640)) // as an attribute does, it changes the time of the file alone
+	_, inc, _ := run(t, r, s.inst, capture.Options{Cache: first.Cache, Now: future})
+	if *inc.Tree == *sn.Tree {
+		t.Error("the change was not seen")
+	}
+}
+
+// TestLargeSpaceIsSharedOut: the same is found where several goroutines look at one space.
+func TestLargeSpaceIsSharedOut(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "gen")
+	if _, err := storegen.Generate(t.Context(), storegen.Options{Dir: dir, Seed: 8, Files: 2500, Bytes: 1 << 20, Spaces: 1}); err != nil {
+		t.Fatal(err)
+	}
+	inst := instanceOf(dir, "opencloud-posix")
+	r, _ := newRepo(t)
+	res, sn, _ := run(t, r, inst, capture.Options{Now: future})
+	again, same, _ := run(t, r, inst, capture.Options{Cache: res.Cache, Now: future})
+	if *same.Tree != *sn.Tree || again.Stats.DirsListed > res.Stats.DirsListed/10 {
+		t.Errorf("unchanged: %d of %d directories were listed", again.Stats.DirsListed, res.Stats.DirsListed)
+	}
+	for round := range uint64(3) {
+		if _, err := storegen.Mutate(t.Context(), dir, round, 0.01); err != nil {
+			t.Fatal(err)
+		}
+		next, inc, _ := run(t, r, inst, capture.Options{Cache: again.Cache, Now: future})
+		if next.Stats.DirsListed > res.Stats.DirsListed/3 {
+			t.Errorf("round %d: %d directories were listed for 1 %% of changes, %d the first time", round, next.Stats.DirsListed, res.Stats.DirsListed)
+		}
+		_, full, _ := run(t, r, inst, capture.Options{Now: future})
+		if *inc.Tree != *full.Tree {
+			t.Fatalf("round %d: the incremental capture gives another tree than the full one", round)
+		}
+		again = next
+	}
+}
