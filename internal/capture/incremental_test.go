@@ -150,6 +150,7 @@ func TestEachChangeIsSeen(t *testing.T) {
 			s.put(s.path("data/storage/users/indexes/by-type/project.mpk"), "\x81\xa1a\xa1b")
 			r, _ := newRepo(t)
 			first, sn, _ := run(t, r, s.inst, capture.Options{Now: future})
+			s.tick()
 			c.change(s)
 			_, full, _ := run(t, r, s.inst, capture.Options{Now: future})
 			looks := []capture.Options{{Now: future}, {FullScan: true, Now: future}, {Now: func() time.Time { return future().Add(7 * 24 * time.Hour) }}}

@@ -24,6 +24,22 @@ func (s *tinyStore) replaceMeta(key string, attrs ...string) {
 	s.check(os.Rename(tmp, p))
 }
 
+// tick waits until the file system's clock has moved on. A backup believes times that are older than a
+// second, and these tests tell it that everything is; so no two changes may bear the same time.
+func (s *tinyStore) tick() {
+	s.t.Helper()
+	p := filepath.Join(s.dir, "tick")
+	now := func() time.Time {
+		s.put(p, "")
+		st, err := os.Stat(p)
+		s.check(err)
+		return st.ModTime()
+	}
+	for first := now(); !now().After(first); {
+	}
+	s.remove(p)
+}
+
 // meta are the attributes of a file with the content data in blob.
 func meta(blob, data string, more ...string) []string {
 	return append([]string{"user.oc.type", "1", "user.oc.name", "file.txt", "user.oc.parentid", folderID, "user.oc.id", fileID,
@@ -196,6 +212,7 @@ func TestWhatTheServerDoesIsSeen(t *testing.T) {
 			r, _ := newRepo(t)
 			last, sn, _ := run(t, r, s.inst, capture.Options{Now: future})
 			for i, step := range todo {
+				s.tick()
 				step(s)
 				next, inc, _ := run(t, r, s.inst, capture.Options{Cache: last.Cache, Now: future})
 				_, full, _ := run(t, r, s.inst, capture.Options{Now: future})
@@ -240,6 +257,7 @@ func TestAttributesChangedInPlace(t *testing.T) {
 	}
 	r, _ := newRepo(t)
 	first, sn, _ := run(t, r, s.inst, capture.Options{Now: future})
+	s.tick()
 	s.check(os.Chmod(s.nodePath(fileID), 0o640)) // as an attribute does, it changes the time of the file alone
 	_, inc, _ := run(t, r, s.inst, capture.Options{Cache: first.Cache, Now: future})
 	if *inc.Tree == *sn.Tree {
