@@ -1,6 +1,7 @@
 package local
 
 import (
+	"context"
 	"os"
 	"unsafe"
 
@@ -14,11 +15,12 @@ const (
 	directMin = 1 << 20
 )
 
-// writeDirect writes the aligned part of data past the page cache and returns its length; 0 where the
-// file system or the address does not allow it. Packs are written once and seldom read: copying them
+// writeDirect writes the aligned part of data past the page cache and returns its length, or how far it
+// came where the file system or the address does not allow it: the caller writes the rest as usual, and
+// looks at ctx. Packs are written once and seldom read: copying them
 // into the cache, and writing them out of it again, took a seventh of the time of a first backup, and
 // drove the instance's own data out of memory.
-func (b *Backend) writeDirect(f *os.File, data []byte) (int, error) {
+func (b *Backend) writeDirect(ctx context.Context, f *os.File, data []byte) (int, error) {
 	if len(data) < directMin || b.noDirect.Load() || uintptr(unsafe.Pointer(&data[0]))%directAlign != 0 {
 		return 0, nil
 	}
@@ -33,7 +35,7 @@ func (b *Backend) writeDirect(f *os.File, data []byte) (int, error) {
 	}
 	n := len(data) &^ (directAlign - 1)
 	done := 0
-	for done < n {
+	for done < n && ctx.Err() == nil {
 		k, werr := unix.Write(fd, data[done:min(n, done+writeStep)])
 		if werr == unix.EINTR {
 			continue
@@ -50,9 +52,9 @@ func (b *Backend) writeDirect(f *os.File, data []byte) (int, error) {
 	if _, ferr := unix.FcntlInt(uintptr(fd), unix.F_SETFL, flags); ferr != nil && err == nil {
 		err = ferr
 	}
-	if err == unix.EINVAL && done == 0 {
+	if err == unix.EINVAL || err == unix.EOPNOTSUPP { // it wants another alignment, or cannot after all
 		b.noDirect.Store(true)
-		return 0, nil
+		return done, nil
 	}
 	if err != nil {
 		return done, &os.PathError{Op: "write", Path: f.Name(), Err: err}

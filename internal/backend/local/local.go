@@ -133,7 +133,7 @@ func (b *Backend) Save(ctx context.Context, h backend.Handle, data []byte) (err 
 			os.Remove(tmp)
 		}
 	}()
-	direct, err := b.writeDirect(f, data)
+	direct, err := b.writeDirect(ctx, f, data)
 	if err != nil {
 		return wrap("save", h, err)
 	}

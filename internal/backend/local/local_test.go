@@ -1,8 +1,10 @@
 package local_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strings"
@@ -141,6 +143,36 @@ func TestPermanent(t *testing.T) {
 	}
 }
 
+// What is written past the page cache is read back as it was, whatever is left over at the end and
+// wherever it lay in memory.
+func TestLargeFiles(t *testing.T) {
+	dir := t.TempDir()
+	be := local.New(dir)
+	ctx := context.Background()
+	if err := be.Create(ctx); err != nil {
+		t.Fatal(err)
+	}
+	buf := make([]byte, 10<<20)
+	rand.NewChaCha8([32]byte{3}).Read(buf)
+	for i, n := range []int{1<<20 - 1, 1 << 20, 1<<20 + 1, 1<<20 + 4095, 1<<20 + 4096, 4 << 20, 4<<20 + 77, 9<<20 + 4097} {
+		for _, at := range []int{0, 1, 512, 4096} {
+			data := buf[at : at+n]
+			data[0] = byte(i) // no two alike
+			h := backend.Handle{Type: backend.PackFile, Name: id.Hash(data).String()}
+			if err := be.Save(ctx, h, data); err != nil {
+				t.Fatalf("%d bytes at %d: %v", n, at, err)
+			}
+			got, err := os.ReadFile(filepath.Join(dir, "data", h.Name[:2], h.Name))
+			if err != nil || !bytes.Equal(got, data) {
+				t.Errorf("%d bytes at %d: %d bytes come back, %v", n, at, len(got), err)
+			}
+		}
+	}
+	if left, _ := filepath.Glob(filepath.Join(dir, "data/*/*tmp*")); len(left) > 0 {
+		t.Errorf("left behind: %v", left)
+	}
+}
+
 // A full device is reported as such and leaves nothing behind. /dev/full is no directory, so the
 // limit on file size stands in for the full disk: both end in the same branch.
 func TestNoSpace(t *testing.T) {
@@ -154,11 +186,11 @@ func TestNoSpace(t *testing.T) {
 		t.Fatal(err)
 	}
 	lim := old
-	lim.Cur = 64 << 10
+	lim.Cur = 6<<20 + 100 // in the middle of what is written past the page cache
 	if err := syscall.Setrlimit(syscall.RLIMIT_FSIZE, &lim); err != nil {
 		t.Fatal(err)
 	}
-	big := strings.Repeat("x", 1<<20)
+	big := strings.Repeat("x", 9<<20)
 	h, err := save(t, be, backend.PackFile, big)
 	if rerr := syscall.Setrlimit(syscall.RLIMIT_FSIZE, &old); rerr != nil {
 		t.Fatal(rerr)
