@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"runtime"
 
 	"github.com/spf13/cobra"
 
@@ -60,7 +61,7 @@ func (a *app) check(ctx context.Context, r *repo.Repository, readData bool) erro
 		return err
 	}
 	rep, err := verify.Run(ctx, r, verify.Options{
-		ReadData: readData, Progress: a.ui.Sink(),
+		ReadData: readData, Progress: a.ui.Sink(), Spaces: min(a.mem.Workers, runtime.GOMAXPROCS(0)),
 		Bucket: func(ctx context.Context, st *snapshot.Store) (*bucket.Bucket, error) {
 			return a.openSource(ctx, nil, st)
 		},

@@ -2,6 +2,7 @@ package verify
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -62,7 +63,7 @@ func (p *prover) run() error {
 	}
 	// Several spaces at a time, each by a prover of its own: what they find is added up.
 	g, ctx := errgroup.WithContext(p.ctx)
-	parts := make([]*prover, min(runtime.GOMAXPROCS(0), max(len(p.st.Spaces), 1)))
+	parts := make([]*prover, min(cmp.Or(max(p.c.o.Spaces, 0), runtime.GOMAXPROCS(0)), max(len(p.st.Spaces), 1)))
 	var next atomic.Int64
 	for k := range parts {
 		q := *p

@@ -24,7 +24,10 @@ type Options struct {
 	ReadData bool
 	// Bucket makes a client of the bucket that has the contents of a store which the repository does not
 	// have. nil, or an error: such objects are not asked for, and a hint says so.
-	Bucket   func(ctx context.Context, st *snapshot.Store) (*bucket.Bucket, error)
+	Bucket func(ctx context.Context, st *snapshot.Store) (*bucket.Bucket, error)
+	// Spaces is how many spaces are proven at a time, each with folders and a part of its archive in memory; 0: one for
+	// each processor.
+	Spaces   int
 	Progress progress.Sink
 }
 
