@@ -313,6 +313,30 @@ func TestListedButPruned(t *testing.T) {
 	}
 }
 
+// TestNothingIsMissedBeforeAList: where there was no list for once, and a quick look saw no change in place, the
+// capture that the next list begins at sees it.
+func TestNothingIsMissedBeforeAList(t *testing.T) {
+	onBtrfs(t)
+	s := newTinyStore(t)
+	s.mkdir("data/storage/users/uploads")
+	r, _ := newRepo(t)
+	first, _, _ := run(t, r, s.inst, capture.Options{Now: future})
+	s.check(os.Chmod(s.blob(blobID), 0o640))
+	nested := s.path("data/storage/users/uploads/nested")
+	fssnaptest.Tool(t, "btrfs", "subvolume", "create", nested)
+	second, _, _ := run(t, r, s.inst, capture.Options{Now: future, Cache: reload(t, first.Cache)})
+	fssnaptest.Tool(t, "btrfs", "subvolume", "delete", nested)
+	third, inc, _ := run(t, r, s.inst, capture.Options{Now: future, Cache: reload(t, second.Cache)})
+	_, full, _ := run(t, r, s.inst, capture.Options{Now: future, FullScan: true})
+	if *inc.Tree != *full.Tree {
+		t.Error("the change is not seen")
+	}
+	again, inc, _ := run(t, r, s.inst, capture.Options{Now: future, Cache: reload(t, third.Cache)})
+	if *inc.Tree != *full.Tree || again.Stats.EntriesTaken == 0 {
+		t.Errorf("the change is lost; %d entries were taken over", again.Stats.EntriesTaken)
+	}
+}
+
 // TestListedUnderOtherRules: a data set that is moved into a space is no part of it any more.
 func TestListedUnderOtherRules(t *testing.T) {
 	onBtrfs(t)

@@ -206,8 +206,9 @@ func lookDue(spaceID string, looked, now timespec) bool {
 // the blobs that must be read. They are nil if all must be looked at in full.
 func (d *decomposed) lookShort(ctx context.Context) (nodes, blobs map[string]bool, young bool, err error) {
 	l := readListing(d.old.nodesSeen, d.rules)
-	// Where the file system lists changes, the scan looks at those and at nothing else.
-	if l == nil || d.changed != nil || !d.sp.packed || lookDue(d.sp.id, d.old.looked, d.c.now()) {
+	// Where the file system lists changes, the scan looks at those and at nothing else. What the first of these
+	// lists begins at must be seen in full: nothing that is missed before it would be listed later.
+	if l == nil || d.changed != nil || d.marked || !d.sp.packed || lookDue(d.sp.id, d.old.looked, d.c.now()) {
 		return nil, nil, false, nil
 	}
 	k, err := d.look(ctx, d.sp.rel, l, d.old.seen, atomicNode)

@@ -28,6 +28,7 @@ type store struct {
 	rules uint64                // what skip leaves out, as a number
 	// localTimes: what a directory's times say can be believed.
 	localTimes bool
+	marked     bool           // the next capture will have a list of changes since this one
 	changed    *fschange.List // what was changed since the picture that the cache knows; nil: that is not known
 	base       string         // /storage/<name> in the snapshot
 	obj        *Objects       // nil: the blobs lie on disk
@@ -96,7 +97,7 @@ func (s *store) askChanges(ctx context.Context) fschange.Mark {
 		old = c.opts.Cache.marks[s.s.Name]
 	}
 	list, now, why := fschange.Since(ctx, c.part.View(s.s.Root), old, c.viewed)
-	s.changed = list
+	s.changed, s.marked = list, now != ""
 	switch {
 	case list != nil:
 		why = fmt.Errorf("%d entries were changed, by the list of the file system; the others are not looked at", list.Len())
