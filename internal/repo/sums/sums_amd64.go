@@ -28,11 +28,6 @@ var (
 //go:noescape
 func both(h256 *[8]uint32, h1 *[5]uint32, p256, p1 *byte, blocks int)
 
-// pair adds blocks at pa to ha and as many at pb to hb. There must be one at least.
-//
-//go:noescape
-func pair(ha, hb *[8]uint32, pa, pb *byte, blocks int)
-
 func (s *SHA1) sum256(p []byte) [sha256.Size]byte {
 	h := start256
 	rest := p // of what goes into the SHA-1
@@ -70,15 +65,15 @@ func (s *SHA1) sum() (sum [sha1.Size]byte) {
 
 // finish256 adds the last bytes of a text of the given size to h, and returns the sum.
 func finish256(h *[8]uint32, rest []byte, size int) (sum [sha256.Size]byte) {
-	other := start256
+	other := start1
 	for len(rest) >= block {
 		n := min(step, len(rest)/block)
-		pair(h, &other, &rest[0], &rest[0], n)
+		both(h, &other, &rest[0], &rest[0], n)
 		rest = rest[n*block:]
 	}
 	var end [2 * block]byte
 	n := pad(&end, copy(end[:], rest), uint64(size))
-	pair(h, &other, &end[0], &end[0], n)
+	both(h, &other, &end[0], &end[0], n)
 	for i, w := range h {
 		binary.BigEndian.PutUint32(sum[4*i:], w)
 	}
@@ -95,13 +90,4 @@ func pad(end *[2 * block]byte, n int, size uint64) int {
 	}
 	binary.BigEndian.PutUint64(end[blocks*block-8:], 8*size)
 	return blocks
-}
-
-func sumPair(a, b []byte) (sumA, sumB [sha256.Size]byte) {
-	ha, hb := start256, start256
-	n := min(len(a), len(b)) / block
-	for i := 0; i < n; i += step {
-		pair(&ha, &hb, &a[i*block], &b[i*block], min(step, n-i))
-	}
-	return finish256(&ha, a[n*block:], len(a)), finish256(&hb, b[n*block:], len(b))
 }

@@ -63,28 +63,13 @@ func TestPiecesOfAnySize(t *testing.T) {
 	})
 }
 
-func TestPair(t *testing.T) {
-	p := random(1 << 20)
-	for _, n := range []int{0, 1, 55, 56, 63, 64, 65, 119, 120, 128, 1000, 70001, 1 << 19} {
-		for _, k := range []int{0, 1, 55, 56, 63, 64, 65, 119, 120, 128, 1000, 70001, 1 << 19} {
-			a, b := p[:n], p[len(p)-k:]
-			if x, y := Pair(a, b); x != sha256.Sum256(a) || y != sha256.Sum256(b) {
-				t.Errorf("%d and %d bytes", n, k)
-			}
-		}
-	}
-}
-
 func FuzzSums(f *testing.F) {
-	f.Add([]byte("abc"), []byte(""), uint8(1))
-	f.Fuzz(func(t *testing.T, a, b []byte, cut uint8) {
+	f.Add([]byte("abc"), uint8(1))
+	f.Fuzz(func(t *testing.T, a []byte, cut uint8) {
 		n := min(int(cut), len(a))
 		s := New()
 		if s.Sum256(a[:n]) != sha256.Sum256(a[:n]) || s.Sum256(a[n:]) != sha256.Sum256(a[n:]) || s.Sum() != sha1.Sum(a) {
 			t.Error("sums differ")
-		}
-		if x, y := Pair(a, b); x != sha256.Sum256(a) || y != sha256.Sum256(b) {
-			t.Error("pair differs")
 		}
 	})
 }
@@ -103,12 +88,6 @@ func BenchmarkSums(b *testing.B) {
 		for b.Loop() {
 			sha1.Sum(p)
 			sha256.Sum256(p)
-		}
-	})
-	b.Run("pair", func(b *testing.B) {
-		b.SetBytes(2 << 20)
-		for b.Loop() {
-			Pair(p, p)
 		}
 	})
 	b.Run("one", func(b *testing.B) {
