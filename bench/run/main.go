@@ -133,6 +133,8 @@ type bench struct {
 	free    measure.Space
 	notes   []string
 	warm    bool // the page cache was not dropped
+	// restores counts what was restored and discarded.
+	restores int
 	// mutations is how often the store was changed.
 	mutations int
 	wanted    map[string]bool
@@ -218,12 +220,11 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *os.File) 
 	if err := b.prepare(); err != nil {
 		return err
 	}
-	err = b.measure()
+	err = errors.Join(b.measure(), os.RemoveAll(b.discarded()))
 	if !o.keep {
 		for _, t := range b.tools {
 			err = errors.Join(err, t.remove())
 		}
-		err = errors.Join(err, os.RemoveAll(filepath.Join(b.scratch, "restored")))
 	}
 	if err != nil {
 		return err
@@ -249,6 +250,9 @@ func (b *bench) prepare() error {
 	if b.free, err = measure.Free(b.scratch); err != nil {
 		return err
 	}
+	if err := os.RemoveAll(b.discarded()); err != nil { // of a run that was killed
+		return err
+	}
 	fmt.Fprintf(b.log, "%s free in %s\n", measure.Size(b.free.Bytes), b.scratch)
 	for name := range strings.SplitSeq(o.tools, ",") {
 		t, err := b.newTool(strings.TrimSpace(name))
@@ -260,7 +264,7 @@ func (b *bench) prepare() error {
 	b.store = filepath.Join(b.scratch, fmt.Sprintf("store-%d-%d-%d-%d", o.files, int64(o.bytes), o.spaces, o.seed))
 	rec, err := storegen.ReadRecord(b.store)
 	have := err == nil
-	one := measure.StoreNeeds(o.files, int64(o.bytes))
+	one := b.oneStore()
 	// Each repository, what is restored, and the plain write to compare with.
 	need := measure.Space{Bytes: int64(o.bytes)}.Times(int64(len(b.tools)) + 1).Plus(one)
 	if !have {
@@ -353,7 +357,7 @@ func (b *bench) measure() error {
 			if err := b.compareOnce(stepRestore, t); err != nil {
 				return err
 			}
-			if err := os.RemoveAll(t.restored()); err != nil {
+			if err := b.discard(t); err != nil {
 				return err
 			}
 		}
@@ -379,7 +383,7 @@ func (b *bench) backup(step string, t *tool) error {
 	if err := b.compareOnce(step, t); err != nil {
 		return err
 	}
-	return errors.Join(os.RemoveAll(t.restored()), t.check())
+	return errors.Join(b.discard(t), t.check())
 }
 
 // compareOnce compares what was restored with the store, if it was not done for this step and program.

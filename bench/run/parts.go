@@ -12,6 +12,7 @@ import (
 	"path"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/holdfast-backup/holdfast/bench/internal/measure"
@@ -46,7 +47,7 @@ func (b *bench) parts() error {
 				if err := b.timed(stepSpace, t, func() (measure.Cost, error) { return t.restoreSpace(p) }); err != nil {
 					return err
 				}
-				if err := os.RemoveAll(t.restored()); err != nil {
+				if err := b.discard(t); err != nil {
 					return err
 				}
 			}
@@ -80,11 +81,31 @@ func (b *bench) parts() error {
 
 // afresh makes an empty directory for what is restored.
 func (b *bench) afresh(t *tool) error {
+	if measure.NeedSpace(b.scratch, b.oneStore()) != nil {
+		if err := os.RemoveAll(b.discarded()); err != nil {
+			return err
+		}
+	}
 	if err := os.RemoveAll(t.restored()); err != nil {
 		return err
 	}
 	return os.MkdirAll(t.restored(), 0o755)
 }
+
+// discard puts what was restored out of the way, to be removed at the end or when room is short: ext4 is slow to
+// make files for minutes after many were removed (Linux fs/ext4/ialloc.c, recently_deleted), and the next
+// restore would pay for it.
+func (b *bench) discard(t *tool) error {
+	if err := os.MkdirAll(b.discarded(), 0o700); err != nil {
+		return err
+	}
+	b.restores++
+	return os.Rename(t.restored(), filepath.Join(b.discarded(), strconv.Itoa(b.restores)))
+}
+
+func (b *bench) discarded() string { return filepath.Join(b.scratch, "discarded") }
+
+func (b *bench) oneStore() measure.Space { return measure.StoreNeeds(b.o.files, int64(b.o.bytes)) }
 
 // cold drops the kernel's caches and those of the program.
 func (b *bench) cold(t *tool) error {
