@@ -313,6 +313,49 @@ func TestListedButPruned(t *testing.T) {
 	}
 }
 
+// TestTarsPruned: the users' trees of a space are still there, but not the tar of the snapshot that the cache is of,
+// since that was forgotten. What is unchanged is read again then, whether it was looked at or listed.
+func TestTarsPruned(t *testing.T) {
+	for _, listed := range []bool{false, true} {
+		t.Run(fmt.Sprintf("listed=%v", listed), func(t *testing.T) {
+			if listed {
+				onBtrfs(t)
+			}
+			s := newTinyStore(t)
+			r, _ := newRepo(t)
+			other, _ := newRepo(t) // never had the second snapshot
+			run(t, other, s.inst, capture.Options{Now: future, FullScan: true})
+			s.put(s.nodePath(fileID)+".lock", `{"expiration":"1"}`) // no user sees it
+			run(t, r, s.inst, capture.Options{Now: future})         // sets times of access
+			second, sn, _ := run(t, r, s.inst, capture.Options{Now: future})
+			res, inc, _ := run(t, other, s.inst, capture.Options{Now: future, Cache: reload(t, second.Cache)})
+			_, full, st := run(t, other, s.inst, capture.Options{Now: future, FullScan: true})
+			if *inc.Tree != *sn.Tree || *full.Tree != *sn.Tree || st.NewBlobs != [2]int64{} || !res.Manifest.Proof.Complete {
+				t.Errorf("the trees are %v and %v, not %v; %v blobs were missing", *inc.Tree, *full.Tree, *sn.Tree, st.NewBlobs)
+			}
+		})
+	}
+}
+
+// TestFoldersChangePlaces: what lies in a folder that came to the place of another one is listed as little as what
+// lay there before, though it is something else.
+func TestFoldersChangePlaces(t *testing.T) {
+	onBtrfs(t)
+	s := newTinyStore(t)
+	a, b := s.space("nodes/aa"), s.space("nodes/zz")
+	s.put(filepath.Join(a, "in/side/file"), "1")
+	s.put(filepath.Join(b, "in/side/file"), "22")
+	r, _ := newRepo(t)
+	run(t, r, s.inst, capture.Options{Now: future}) // sets times of access
+	first, sn, _ := run(t, r, s.inst, capture.Options{Now: future})
+	s.check(unix.Renameat2(unix.AT_FDCWD, a, unix.AT_FDCWD, b, unix.RENAME_EXCHANGE))
+	res, inc, _ := run(t, r, s.inst, capture.Options{Now: future, Cache: reload(t, first.Cache)})
+	_, full, _ := run(t, r, s.inst, capture.Options{Now: future, FullScan: true})
+	if *inc.Tree != *full.Tree || *inc.Tree == *sn.Tree || res.Stats.EntriesTaken == 0 {
+		t.Errorf("the tree is %v, not %v; before it was %v; %d entries were taken over", *inc.Tree, *full.Tree, *sn.Tree, res.Stats.EntriesTaken)
+	}
+}
+
 // TestNothingIsMissedBeforeAList: where there was no list for once, and a quick look saw no change in place, the
 // capture that the next list begins at sees it.
 func TestNothingIsMissedBeforeAList(t *testing.T) {

@@ -1,7 +1,6 @@
 package fschange
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -13,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/holdfast-backup/holdfast/internal/btrfsctl"
 	"github.com/holdfast-backup/holdfast/internal/mountinfo"
 )
 
@@ -39,7 +39,7 @@ func Since(ctx context.Context, dir string, old Mark, view bool) (list *List, no
 		return nil, "", err
 	}
 	defer f.Close()
-	t := &tree{fd: int(f.Fd()), ctx: ctx, paths: map[uint64]string{firstInode: ""}}
+	t := &tree{fd: int(f.Fd()), items: btrfsctl.Searcher{FD: int(f.Fd())}, ctx: ctx, paths: map[uint64]string{btrfsctl.FirstInode: ""}}
 	m, err := t.identify(real, view)
 	if err != nil {
 		return nil, "", fmt.Errorf("no list of the changes below %s: %w", dir, err)
@@ -71,11 +71,11 @@ func Prepare(dir string) {
 
 // btrfsMark is what a Mark holds.
 type btrfsMark struct {
-	Filesystem uuid   `json:"filesystem"`
-	Subvolume  uuid   `json:"subvolume"`
-	Received   uuid   `json:"received"`
-	Root       uint64 `json:"root"` // the inode of the directory, which is used once in the life of a subvolume
-	RootMade   uint64 `json:"root_made"`
+	Filesystem btrfsctl.UUID `json:"filesystem"`
+	Subvolume  btrfsctl.UUID `json:"subvolume"`
+	Received   btrfsctl.UUID `json:"received"`
+	Root       uint64        `json:"root"` // the inode of the directory, which is used once in the life of a subvolume
+	RootMade   uint64        `json:"root_made"`
 	// Generation is the last transaction that is in the picture as a whole. What comes later has a greater one.
 	Generation uint64 `json:"generation"`
 	// Witnesses are the inodes that were changed last, all of those after From if From is less than
@@ -91,16 +91,14 @@ type witness struct {
 	Nsec    uint32 `json:"n"`
 }
 
-type uuid [16]byte
-
 // tree is the tree of one subvolume.
 type tree struct {
 	ctx    context.Context
 	fd     int
+	items  btrfsctl.Searcher
 	id     uint64 // of the subvolume
 	prefix string // of the directory, from the top of the subvolume: "" or with a slash at its end
 	paths  map[uint64]string
-	buf    []byte
 }
 
 // identify finds out what dir is, and that the list will cover all that is below it.
@@ -128,17 +126,17 @@ func (t *tree) identify(dir string, view bool) (m btrfsMark, err error) {
 		}
 	}
 	var fsInfo [1024]byte
-	if err := ioctl(t.fd, iocFSInfo, unsafe.Pointer(&fsInfo)); err != nil {
+	if err := btrfsctl.Call(t.fd, iocFSInfo, unsafe.Pointer(&fsInfo)); err != nil {
 		return m, fmt.Errorf("ask for the file system: %w", err)
 	}
 	copy(m.Filesystem[:], fsInfo[16:])
 	var s subvolumeInfo
-	if err := ioctl(t.fd, iocSubvolumeInfo, unsafe.Pointer(&s)); err != nil {
+	if err := btrfsctl.Call(t.fd, iocSubvolumeInfo, unsafe.Pointer(&s)); err != nil {
 		return m, fmt.Errorf("ask for the subvolume: %w", err)
 	}
 	t.id, m.Subvolume, m.Received, m.Generation = s.id, s.own, s.received, s.generation
 	if view {
-		if s.flags&rootReadOnly == 0 || s.from == (uuid{}) || s.otransid == 0 {
+		if s.flags&rootReadOnly == 0 || s.from == (btrfsctl.UUID{}) || s.otransid == 0 {
 			return m, errors.New("the view is no read-only snapshot of btrfs")
 		}
 		m.Subvolume, m.Generation = s.from, s.otransid
@@ -151,9 +149,9 @@ func (t *tree) identify(dir string, view bool) (m btrfsMark, err error) {
 	if t.prefix, err = t.dirPath(st.Ino); err != nil {
 		return m, err
 	}
-	err = t.search(searchKey{tree: t.id, minObject: st.Ino, maxObject: st.Ino, maxType: typeInode}, func(h *itemHeader, item []byte) error {
-		if h.kind == typeInode && len(item) >= inodeSize {
-			m.RootMade = le.Uint64(item)
+	err = t.items.Search(t.ctx, btrfsctl.Key{Tree: t.id, MinObject: st.Ino, MaxObject: st.Ino, MaxType: typeInode}, func(it *btrfsctl.Item) error {
+		if it.Type == typeInode && len(it.Data) >= inodeSize {
+			m.RootMade = le.Uint64(it.Data)
 		}
 		return nil
 	})
@@ -179,12 +177,12 @@ func (t *tree) identify(dir string, view bool) (m btrfsMark, err error) {
 
 // checkNested refuses subvolumes below the directory: they have trees of their own.
 func (t *tree) checkNested() error {
-	return t.search(searchKey{tree: rootTree, minObject: t.id, maxObject: t.id, minType: typeRootRef, maxType: typeRootRef},
-		func(h *itemHeader, item []byte) error {
-			if h.kind != typeRootRef || len(item) < 18 {
+	return t.items.Search(t.ctx, btrfsctl.Key{Tree: btrfsctl.RootTree, MinObject: t.id, MaxObject: t.id, MinType: typeRootRef, MaxType: typeRootRef},
+		func(it *btrfsctl.Item) error {
+			if it.Type != typeRootRef || len(it.Data) < 18 {
 				return nil
 			}
-			dir, err := t.dirPath(le.Uint64(item))
+			dir, err := t.dirPath(le.Uint64(it.Data))
 			if errors.Is(err, unix.ENOENT) {
 				return nil // just removed
 			}
@@ -192,7 +190,7 @@ func (t *tree) checkNested() error {
 				return err
 			}
 			if strings.HasPrefix(dir, t.prefix) {
-				return fmt.Errorf("the subvolume %s lies below it", filepath.Join("/", dir, string(item[18:])))
+				return fmt.Errorf("the subvolume %s lies below it", filepath.Join("/", dir, string(it.Data[18:])))
 			}
 			return nil
 		})
@@ -250,17 +248,17 @@ func (t *tree) collect(b searchBounds, witnesses []witness) (*List, error) {
 	if len(known) > 0 {
 		low = min(low, b.from)
 	}
-	err := t.search(searchKey{tree: t.id, minObject: firstInode, maxObject: lastObject, maxType: 255, minTransid: low + 1},
-		func(h *itemHeader, item []byte) error {
+	err := t.items.Search(t.ctx, btrfsctl.Key{Tree: t.id, MinObject: btrfsctl.FirstInode, MaxObject: btrfsctl.LastObject, MaxType: 255, MinTransid: low + 1},
+		func(it *btrfsctl.Item) error {
 			switch {
-			case h.kind == typeInode && h.offset == 0 && len(item) >= inodeSize:
-				n, w := readInode(h.object, item)
+			case it.Type == typeInode && it.Offset == 0 && len(it.Data) >= inodeSize:
+				n, w := readInode(it.Object, it.Data)
 				if w.Changed > b.after {
 					if len(changed) >= listMost {
 						return fmt.Errorf("more than %d entries were changed", listMost)
 					}
 					changed = append(changed, n)
-				} else if k := known[h.object]; k != nil {
+				} else if k := known[it.Object]; k != nil {
 					if *k != w {
 						return errWentBack
 					}
@@ -268,13 +266,13 @@ func (t *tree) collect(b searchBounds, witnesses []witness) (*List, error) {
 				} else if len(known) > 0 && w.Changed > b.from {
 					return errWentBack
 				}
-			case (h.kind == typeInodeRef || h.kind == typeInodeExtref) && len(changed) > 0 && changed[len(changed)-1].number == h.object:
+			case (it.Type == typeInodeRef || it.Type == typeInodeExtref) && len(changed) > 0 && changed[len(changed)-1].number == it.Object:
 				c := &changed[len(changed)-1]
-				return readRefs(h, item, &c.names)
-			case h.kind == typeDirIndex && len(item) >= 30:
+				return readRefs(it, &c.names)
+			case it.Type == typeDirIndex && len(it.Data) >= 30:
 				// struct btrfs_dir_item: location 17 (its type at 8), transid 8, lengths 2 and 2, type 1
-				if le.Uint64(item[17:]) > b.after && item[8] == typeInode && item[29] == dirEntryIsDir {
-					arrived[le.Uint64(item)] = true
+				if le.Uint64(it.Data[17:]) > b.after && it.Data[8] == typeInode && it.Data[29] == dirEntryIsDir {
+					arrived[le.Uint64(it.Data)] = true
 				}
 			}
 			return nil
@@ -297,11 +295,11 @@ func (t *tree) collect(b searchBounds, witnesses []witness) (*List, error) {
 func (t *tree) ask(witnesses []witness, after uint64) (same int, err error) {
 	for i := range witnesses {
 		w := &witnesses[i]
-		err := t.search(searchKey{tree: t.id, minObject: w.Inode, maxObject: w.Inode, maxType: typeInode}, func(h *itemHeader, item []byte) error {
-			if h.kind != typeInode || len(item) < inodeSize {
+		err := t.items.Search(t.ctx, btrfsctl.Key{Tree: t.id, MinObject: w.Inode, MaxObject: w.Inode, MaxType: typeInode}, func(it *btrfsctl.Item) error {
+			if it.Type != typeInode || len(it.Data) < inodeSize {
 				return nil
 			}
-			if _, now := readInode(h.object, item); now == *w {
+			if _, now := readInode(it.Object, it.Data); now == *w {
 				same++
 			} else if now.Changed <= after {
 				return errWentBack
@@ -320,18 +318,18 @@ func (t *tree) resolve(changed []changedInode, arrived map[uint64]bool) (*List, 
 	l := newList()
 	for i := range changed {
 		c := &changed[i]
-		if c.number == firstInode || c.links == 0 { // the very top; what has no name any more
+		if c.number == btrfsctl.FirstInode || c.links == 0 { // the very top; what has no name any more
 			continue
 		}
 		// The names follow the inode, but can lie in a block that has not changed.
 		if uint64(len(c.names)) != c.links {
 			c.names = nil
-			err := t.search(searchKey{tree: t.id, minObject: c.number, maxObject: c.number, minType: typeInodeRef, maxType: typeInodeExtref},
-				func(h *itemHeader, item []byte) error {
-					if h.kind != typeInodeRef && h.kind != typeInodeExtref {
+			err := t.items.Search(t.ctx, btrfsctl.Key{Tree: t.id, MinObject: c.number, MaxObject: c.number, MinType: typeInodeRef, MaxType: typeInodeExtref},
+				func(it *btrfsctl.Item) error {
+					if it.Type != typeInodeRef && it.Type != typeInodeExtref {
 						return nil
 					}
-					return readRefs(h, item, &c.names)
+					return readRefs(it, &c.names)
 				})
 			if err != nil {
 				return nil, err
@@ -362,13 +360,12 @@ func (t *tree) dirPath(inode uint64) (string, error) {
 	if p, ok := t.paths[inode]; ok {
 		return p, nil
 	}
-	a := inoLookup{tree: t.id, inode: inode}
-	if err := ioctl(t.fd, iocInoLookup, unsafe.Pointer(&a)); err != nil {
+	name, _, err := btrfsctl.Lookup(t.fd, t.id, inode)
+	if err != nil {
 		return "", fmt.Errorf("find the path of inode %d: %w", inode, err)
 	}
-	name, _, _ := bytes.Cut(a.name[:], []byte{0})
-	t.paths[inode] = string(name)
-	return string(name), nil
+	t.paths[inode] = name
+	return name, nil
 }
 
 // Witnesses: at least so many if there are, and never more than so many.
@@ -388,15 +385,15 @@ func (t *tree) mark(m *btrfsMark) (Mark, error) {
 			most = witnessesWanted // the very last transaction may have changed millions: a few of them do
 		}
 		full := false
-		err := t.search(searchKey{tree: t.id, minObject: firstInode, maxObject: lastObject, maxType: 255, minTransid: from + 1},
-			func(h *itemHeader, item []byte) error {
-				if h.kind != typeInode || len(item) < inodeSize {
+		err := t.items.Search(t.ctx, btrfsctl.Key{Tree: t.id, MinObject: btrfsctl.FirstInode, MaxObject: btrfsctl.LastObject, MaxType: 255, MinTransid: from + 1},
+			func(it *btrfsctl.Item) error {
+				if it.Type != typeInode || len(it.Data) < inodeSize {
 					return nil
 				}
-				if _, w := readInode(h.object, item); w.Changed > from && w.Changed <= m.Generation {
+				if _, w := readInode(it.Object, it.Data); w.Changed > from && w.Changed <= m.Generation {
 					if len(list) >= most {
 						full = true
-						return errStop
+						return btrfsctl.ErrStop
 					}
 					list = append(list, w)
 				}
@@ -433,21 +430,22 @@ func readInode(number uint64, item []byte) (changedInode, witness) {
 
 // readRefs reads the names of an inode. struct btrfs_inode_ref: index 8, length 2, the name; the parent is
 // the offset. struct btrfs_inode_extref: parent 8, index 8, length 2, the name.
-func readRefs(h *itemHeader, item []byte, out *[]link) error {
+func readRefs(it *btrfsctl.Item, out *[]link) error {
+	item := it.Data
 	for len(item) > 0 {
-		parent, head := h.offset, 10
-		if h.kind == typeInodeExtref {
+		parent, head := it.Offset, 10
+		if it.Type == typeInodeExtref {
 			head = 18
 		}
 		if len(item) < head {
-			return fmt.Errorf("a name of inode %d is cut off", h.object)
+			return fmt.Errorf("a name of inode %d is cut off", it.Object)
 		}
-		if h.kind == typeInodeExtref {
+		if it.Type == typeInodeExtref {
 			parent = le.Uint64(item)
 		}
 		n := int(le.Uint16(item[head-2:]))
 		if len(item) < head+n {
-			return fmt.Errorf("a name of inode %d is cut off", h.object)
+			return fmt.Errorf("a name of inode %d is cut off", it.Object)
 		}
 		*out = append(*out, link{parent, string(item[head : head+n])})
 		item = item[head+n:]

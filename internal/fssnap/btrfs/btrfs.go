@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/holdfast-backup/holdfast/internal/btrfsctl"
 	"github.com/holdfast-backup/holdfast/internal/fssnap"
 	"github.com/holdfast-backup/holdfast/internal/mountinfo"
 )
@@ -639,7 +640,7 @@ func (d *Driver) List(ctx context.Context, _ ...string) ([]fssnap.View, error) {
 			made, _ := fssnap.ParseName(s.name)
 			view := fssnap.View{Kind: d.Kind(), Name: s.name, MadeAt: made, Source: v.device}
 			for _, o := range v.subs {
-				if o.own == s.from && s.from != (uuid{}) {
+				if o.own == s.from && s.from != (btrfsctl.UUID{}) {
 					view.Source = v.sourceName(o)
 				}
 			}

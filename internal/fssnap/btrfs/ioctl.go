@@ -1,19 +1,19 @@
 package btrfs
 
 import (
-	"bytes"
+	"context"
 	"encoding/binary"
 	"fmt"
 	"os"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-backup/holdfast/internal/btrfsctl"
 )
 
 // The numbers are of linux/btrfs.h and linux/btrfs_tree.h.
 const (
-	iocTreeSearch    = 0xd0009411 // _IOWR(0x94, 17, 4096 bytes)
-	iocInoLookup     = 0xd0009412 // _IOWR(0x94, 18, 4096 bytes)
 	iocSnapDestroy   = 0x5000940f // _IOW(0x94, 15, 4096 bytes)
 	iocSnapCreateV2  = 0x50009417 // _IOW(0x94, 23, 4096 bytes)
 	iocGetFlags      = 0x80089419 // _IOR(0x94, 25, 8 bytes)
@@ -23,26 +23,10 @@ const (
 	flagReadOnly = 1 << 1
 	flagByID     = 1 << 4
 
-	rootTree      = 1
-	topLevel      = 5   // the subvolume that holds all others
-	firstInode    = 256 // of the top directory of each subvolume
-	typeRootItem  = 132
-	typeBackref   = 144
-	lastSubvolume = 1<<64 - 256
+	topLevel     = 5 // the subvolume that holds all others
+	typeRootItem = 132
+	typeBackref  = 144
 )
-
-func ioctl(fd int, req uintptr, arg unsafe.Pointer) error {
-	for {
-		_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), req, uintptr(arg))
-		if errno == unix.EINTR {
-			continue
-		}
-		if errno != 0 {
-			return errno
-		}
-		return nil
-	}
-}
 
 // volArgs is struct btrfs_ioctl_vol_args, volArgs2 struct btrfs_ioctl_vol_args_v2; in the latter the
 // first eight bytes of the name are also the number of a subvolume.
@@ -69,85 +53,53 @@ func snapshot(dir int, name string, src int, readOnly bool) error {
 		return unix.ENAMETOOLONG
 	}
 	copy(a.name[:], name)
-	return ioctl(dir, iocSnapCreateV2, unsafe.Pointer(&a))
+	return btrfsctl.Call(dir, iocSnapCreateV2, unsafe.Pointer(&a))
 }
 
 // destroyID deletes a subvolume anywhere on the filesystem of fd. Linux 5.7 and later.
 func destroyID(fd int, id uint64) error {
 	a := volArgs2{flags: flagByID}
 	binary.NativeEndian.PutUint64(a.name[:], id)
-	return ioctl(fd, iocSnapDestroyV2, unsafe.Pointer(&a))
+	return btrfsctl.Call(fd, iocSnapDestroyV2, unsafe.Pointer(&a))
 }
 
 // destroyName deletes a subvolume by its name in dir.
 func destroyName(dir int, name string) error {
 	a := volArgs{}
 	copy(a.name[:4087], name)
-	return ioctl(dir, iocSnapDestroy, unsafe.Pointer(&a))
+	return btrfsctl.Call(dir, iocSnapDestroy, unsafe.Pointer(&a))
 }
 
 func isReadOnly(fd int) (bool, error) {
 	var flags uint64
-	err := ioctl(fd, iocGetFlags, unsafe.Pointer(&flags))
+	err := btrfsctl.Call(fd, iocGetFlags, unsafe.Pointer(&flags))
 	return flags&flagReadOnly != 0, err
 }
 
 func setReadOnly(fd int, on bool) error {
 	var flags uint64
-	if err := ioctl(fd, iocGetFlags, unsafe.Pointer(&flags)); err != nil {
+	if err := btrfsctl.Call(fd, iocGetFlags, unsafe.Pointer(&flags)); err != nil {
 		return err
 	}
 	flags &^= flagReadOnly
 	if on {
 		flags |= flagReadOnly
 	}
-	return ioctl(fd, iocSetFlags, unsafe.Pointer(&flags))
-}
-
-// inoLookup is struct btrfs_ioctl_ino_lookup_args.
-type inoLookup struct {
-	tree, inode uint64
-	name        [4080]byte
+	return btrfsctl.Call(fd, iocSetFlags, unsafe.Pointer(&flags))
 }
 
 // subvolumeOf returns the number of the subvolume that an open file is in.
 func subvolumeOf(fd int) (uint64, error) {
-	a := inoLookup{inode: firstInode}
-	err := ioctl(fd, iocInoLookup, unsafe.Pointer(&a))
-	return a.tree, err
+	_, id, err := btrfsctl.Lookup(fd, 0, btrfsctl.FirstInode)
+	return id, err
 }
-
-// dirName returns the path of a directory within its subvolume, "" for the top, else with a slash at
-// the end.
-func dirName(fd int, tree, inode uint64) (string, error) {
-	a := inoLookup{tree: tree, inode: inode}
-	if err := ioctl(fd, iocInoLookup, unsafe.Pointer(&a)); err != nil {
-		return "", err
-	}
-	name, _, _ := bytes.Cut(a.name[:], []byte{0})
-	return string(name), nil
-}
-
-// searchArgs is struct btrfs_ioctl_search_args.
-type searchArgs struct {
-	tree                   uint64
-	minObject, maxObject   uint64
-	minOffset, maxOffset   uint64
-	minTransid, maxTransid uint64
-	minType, maxType       uint32
-	items, unused          uint32
-	unused2                [4]uint64
-	buf                    [3992]byte
-}
-
-type uuid [16]byte
 
 // subvolume is one of a filesystem.
 type subvolume struct {
 	id, parent uint64 // parent holds the directory it is in
 	dir        uint64 // that directory
 	name       string
-	own, from  uuid // from is that of the subvolume it is a snapshot of
+	own, from  btrfsctl.UUID // from is that of the subvolume it is a snapshot of
 	path       string
 }
 
@@ -161,47 +113,28 @@ func subvolumes(fd int) (map[uint64]*subvolume, error) {
 		}
 		return list[id]
 	}
-	a := searchArgs{
-		tree: rootTree, minObject: topLevel, maxObject: lastSubvolume,
-		maxOffset: 1<<64 - 1, maxTransid: 1<<64 - 1, minType: typeRootItem, maxType: typeBackref,
-	}
-	for {
-		a.items = 4096
-		if err := ioctl(fd, iocTreeSearch, unsafe.Pointer(&a)); err != nil {
-			return nil, fmt.Errorf("list the subvolumes: %w", err)
-		}
-		if a.items == 0 {
-			break
-		}
-		e := binary.NativeEndian
-		le := binary.LittleEndian // on disk
-		b := a.buf[:]
-		for range a.items {
-			// struct btrfs_ioctl_search_header
-			object, offset := e.Uint64(b[8:]), e.Uint64(b[16:])
-			kind, size := e.Uint32(b[24:]), int(e.Uint32(b[28:]))
-			item := b[32 : 32+size]
-			b = b[32+size:]
-			a.minObject, a.minType, a.minOffset = object, kind, offset
-			switch {
-			case kind == typeRootItem && size >= 279 && (object == topLevel || object >= firstInode):
-				s := get(object)
-				copy(s.own[:], item[247:])
-				copy(s.from[:], item[263:])
-			case kind == typeBackref && size >= 18:
-				s := get(object)
-				n := int(le.Uint16(item[16:]))
-				if len(item) < 18+n {
-					return nil, fmt.Errorf("list the subvolumes: the entry of %d is cut off", object)
-				}
-				s.parent, s.dir, s.name = offset, le.Uint64(item), string(item[18:18+n])
+	le := binary.LittleEndian // on disk
+	items := btrfsctl.Searcher{FD: fd}
+	err := items.Search(context.Background(), btrfsctl.Key{
+		Tree: btrfsctl.RootTree, MinObject: topLevel, MaxObject: btrfsctl.LastObject, MinType: typeRootItem, MaxType: typeBackref,
+	}, func(it *btrfsctl.Item) error {
+		switch {
+		case it.Type == typeRootItem && len(it.Data) >= 279 && (it.Object == topLevel || it.Object >= btrfsctl.FirstInode):
+			s := get(it.Object)
+			copy(s.own[:], it.Data[247:])
+			copy(s.from[:], it.Data[263:])
+		case it.Type == typeBackref && len(it.Data) >= 18:
+			s := get(it.Object)
+			n := int(le.Uint16(it.Data[16:]))
+			if len(it.Data) < 18+n {
+				return fmt.Errorf("the entry of %d is cut off", it.Object)
 			}
+			s.parent, s.dir, s.name = it.Offset, le.Uint64(it.Data), string(it.Data[18:18+n])
 		}
-		if a.minOffset++; a.minOffset == 0 {
-			if a.minType++; a.minType == 0 {
-				a.minObject++
-			}
-		}
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("list the subvolumes: %w", err)
 	}
 	for id, s := range list {
 		if s.path == "" && findPath(fd, list, s, 0) != nil {
@@ -222,7 +155,7 @@ func findPath(fd int, list map[uint64]*subvolume, s *subvolume, depth int) error
 			return err
 		}
 	}
-	dir, err := dirName(fd, s.parent, s.dir)
+	dir, _, err := btrfsctl.Lookup(fd, s.parent, s.dir)
 	if err != nil {
 		return err
 	}
