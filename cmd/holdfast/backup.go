@@ -14,6 +14,7 @@ import (
 	"github.com/holdfast-backup/holdfast/internal/capture"
 	"github.com/holdfast-backup/holdfast/internal/discover"
 	"github.com/holdfast-backup/holdfast/internal/freeze"
+	"github.com/holdfast-backup/holdfast/internal/ocis"
 	"github.com/holdfast-backup/holdfast/internal/progress"
 	"github.com/holdfast-backup/holdfast/internal/repo"
 	"github.com/holdfast-backup/holdfast/internal/snapshot"
@@ -115,8 +116,11 @@ func (a *app) backup(ctx context.Context, f *backupFlags) error {
 	var rec freeze.Record
 	guard := f.freeze.guard(a)
 	guard.Observe = func(r freeze.Record) { rec = r }
+	dctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	instance := discovered(dctx, where)
 	err = a.withRepository(ctx, f.repo, lockShared, func(ctx context.Context, r *repo.Repository) error {
-		inst, err := discover.Discover(ctx, where)
+		inst, err := instance()
 		if err != nil {
 			return fmt.Errorf("cannot find the instance: %w", err)
 		}
@@ -164,6 +168,24 @@ func (a *app) backup(ctx context.Context, f *backupFlags) error {
 			"The blobs are missing at the source: an older snapshot may still have them.")
 	}
 	return nil
+}
+
+// discovered looks for the instance while the repository is opened. The function that it returns waits for what
+// was found.
+func discovered(ctx context.Context, o discover.Options) func() (*ocis.Instance, error) {
+	type found struct {
+		inst *ocis.Instance
+		err  error
+	}
+	c := make(chan found, 1)
+	go func() {
+		inst, err := discover.Discover(ctx, o)
+		c <- found{inst, err}
+	}()
+	return func() (*ocis.Instance, error) {
+		f := <-c
+		return f.inst, f.err
+	}
 }
 
 // untilThawed notes when the instance runs again.

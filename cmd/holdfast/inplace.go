@@ -93,6 +93,9 @@ func (a *app) restoreInPlace(ctx context.Context, arg string, f *restoreFlags) e
 				}
 			}
 		}
+		if err := r.Settled(ctx); err != nil {
+			return err
+		}
 		res, err := inplace.Run(ctx, r, *p.sn.Tree, t, o)
 		if err != nil {
 			return explainInPlace(cannotRestore(p.sn, err), arg)

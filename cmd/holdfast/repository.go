@@ -46,7 +46,6 @@ type lockMode int
 
 const (
 	lockNone      lockMode = iota // anything
-	lockReading                   // read and add; nothing is stored under it
 	lockShared                    // read and add
 	lockExclusive                 // nothing
 )
@@ -85,7 +84,7 @@ func (a *app) withRepositoryAt(ctx context.Context, addr string, password func(c
 		return err // says where
 	}
 	if mode != lockNone {
-		lock, lctx, err := r.Lock(ctx, repo.LockOptions{Exclusive: mode == lockExclusive, Reading: mode == lockReading, RetryFor: a.opt.retryLock})
+		lock, lctx, err := r.Lock(ctx, repo.LockOptions{Exclusive: mode == lockExclusive, RetryFor: a.opt.retryLock})
 		if err != nil {
 			return err // says where and by whom
 		}

@@ -238,6 +238,9 @@ func (a *app) restore(ctx context.Context, arg string, f *restoreFlags) error {
 		if env, err = environment(ctx, r, sn); err != nil {
 			return cannotRestore(sn, err)
 		}
+		if err := r.Settled(ctx); err != nil {
+			return err
+		}
 		res, err := restore.Run(ctx, r, plan)
 		if res != nil {
 			a.showRestore(restored{snapshot: sn.ID().String()}, plan, res, env, f)

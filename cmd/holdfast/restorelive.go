@@ -115,6 +115,9 @@ func (a *app) restoreLive(ctx context.Context, arg string, to toFlags, f *liveFl
 		if err != nil {
 			return err
 		}
+		if err := r.Settled(ctx); err != nil {
+			return err
+		}
 		start := time.Now()
 		rep, err := a.putBack(ctx, p, f, names, dryRun)
 		if rep != nil {

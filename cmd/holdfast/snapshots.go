@@ -41,7 +41,7 @@ func readLock(noLock bool) lockMode {
 	if noLock {
 		return lockNone
 	}
-	return lockReading
+	return lockShared
 }
 
 // snapshotRow is what is told of a snapshot.

@@ -87,6 +87,10 @@ func (b *run) openBuckets(ctx context.Context) error {
 		if s.S3 == nil {
 			continue
 		}
+		// What is copied into a replica, and what is found there, counts on nobody removing it.
+		if err := b.o.Repo.Settled(ctx); err != nil {
+			return err
+		}
 		o, err := b.openBucket(ctx, s)
 		if o != nil {
 			b.objects[s.Name] = o

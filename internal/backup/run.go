@@ -122,6 +122,11 @@ func Run(ctx context.Context, o Options) (*Result, error) {
 		return nil, err
 	}
 
+	if o.Freezer.Method() != freeze.KindNone || len(o.Views) > 0 {
+		if err := o.Repo.Settled(ctx); err != nil {
+			return nil, err
+		}
+	}
 	// From here to the thaw the service may be down: nothing that can wait is done in between.
 	rec, down := freeze.Guarded(ctx, o.Freezer, o.Instance, o.Guard, func(ctx context.Context) error {
 		if err := b.makeViews(ctx); err != nil {

@@ -28,8 +28,13 @@ func (r *Repository) newIndex() *index.Index {
 // everything that finds or stores blobs.
 func (r *Repository) LoadIndex(ctx context.Context) error {
 	x := r.newIndex()
+	early := r.settles()
+	files, err := r.indexFiles(ctx)
+	if err != nil {
+		return fmt.Errorf("load the index: %w", err)
+	}
 	var mu sync.Mutex
-	err := r.eachIndex(ctx, func(_ ID, p ID, blobs []pack.Entry) error {
+	err = r.eachIndex(ctx, files, func(_ ID, p ID, blobs []pack.Entry) error {
 		mu.Lock()
 		defer mu.Unlock()
 		no, _ := x.Pack(p)
@@ -44,16 +49,22 @@ func (r *Repository) LoadIndex(ctx context.Context) error {
 	r.mu.Lock()
 	r.idx = x
 	r.mu.Unlock()
+	r.earlyMu.Lock()
+	defer r.earlyMu.Unlock()
+	if r.early = nil; early {
+		r.early = files
+	}
 	return nil
 }
 
-// eachIndex decodes all index files, several at once, and calls fn for each pack in them. An index file
+func (r *Repository) indexFiles(ctx context.Context) (files []ID, err error) {
+	err = r.ListFiles(ctx, backend.IndexFile, func(d ID, _ int64) error { files = append(files, d); return nil })
+	return files, err
+}
+
+// eachIndex decodes index files, several at once, and calls fn for each pack in them. An index file
 // that cannot be read ends it, unless bad is given and returns nil for the error.
-func (r *Repository) eachIndex(ctx context.Context, fn func(file, p ID, blobs []pack.Entry) error, bad func(file ID, err error) error) error {
-	var files []ID
-	if err := r.ListFiles(ctx, backend.IndexFile, func(d ID, _ int64) error { files = append(files, d); return nil }); err != nil {
-		return err
-	}
+func (r *Repository) eachIndex(ctx context.Context, files []ID, fn func(file, p ID, blobs []pack.Entry) error, bad func(file ID, err error) error) error {
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(r.opts.Readers)
 	for _, f := range files {

@@ -120,7 +120,11 @@ func packHandle(p ID) backend.Handle { return backend.Handle{Type: backend.PackF
 // finish. It reads the index files itself and does not need LoadIndex.
 func (r *Repository) Check(ctx context.Context, o CheckOptions, report func(error)) error {
 	c := &checker{r: r, o: o, report: report, x: r.newIndex()}
-	err := r.eachIndex(ctx, c.addPack, func(file ID, err error) error {
+	files, err := r.indexFiles(ctx)
+	if err != nil {
+		return err
+	}
+	err = r.eachIndex(ctx, files, c.addPack, func(file ID, err error) error {
 		c.found(IndexDamaged, backend.Handle{Type: backend.IndexFile, Name: file.String()}, nil, err)
 		return nil
 	})

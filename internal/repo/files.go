@@ -67,6 +67,11 @@ func (r *Repository) SaveUnpacked(ctx context.Context, t backend.FileType, plain
 	if len(plain) == 0 || (plain[0] != '{' && plain[0] != '[') {
 		return ID{}, fmt.Errorf("save to %v: the content is no JSON object", t)
 	}
+	if t != backend.LockFile {
+		if err := r.Settled(ctx); err != nil {
+			return ID{}, err
+		}
+	}
 	if r.conf.Version >= 2 {
 		plain = compressFile(plain)
 	}
@@ -102,6 +107,11 @@ func (r *Repository) LoadUnpacked(ctx context.Context, t backend.FileType, name 
 func (r *Repository) RemoveUnpacked(ctx context.Context, t backend.FileType, name ID) error {
 	if err := unpacked(t); err != nil {
 		return err
+	}
+	if t != backend.LockFile {
+		if err := r.Settled(ctx); err != nil {
+			return err
+		}
 	}
 	return r.be.Remove(ctx, backend.Handle{Type: t, Name: name.String()})
 }

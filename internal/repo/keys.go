@@ -200,6 +200,9 @@ func (r *Repository) AddKey(ctx context.Context, password string) (ID, error) {
 	if err != nil {
 		return ID{}, err
 	}
+	if err := r.Settled(ctx); err != nil {
+		return ID{}, err
+	}
 	name := id.Hash(text)
 	if err := r.be.Save(ctx, backend.Handle{Type: backend.KeyFile, Name: name.String()}, text); err != nil {
 		return ID{}, fmt.Errorf("store the new key: %w", err)

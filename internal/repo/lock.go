@@ -23,6 +23,9 @@ const (
 	lockStale = 30 * time.Minute
 	// lockSettle is how long to wait before looking again for others that locked at the same moment.
 	lockSettle = 200 * time.Millisecond
+	// lockLooks is how often a shared lock looks for a rival to give way, which takes that one
+	// as long as lockSettle.
+	lockLooks = 5
 	// lockRetry is the wait between the tries of RetryFor, and after a refresh that failed.
 	lockRetry = 5 * time.Second
 )
@@ -81,11 +84,6 @@ func (e *LockedError) Error() string {
 type LockOptions struct {
 	// Exclusive shuts out everyone else; otherwise only those who want an exclusive lock.
 	Exclusive bool
-	// Reading promises that nothing is stored under the lock, which is not exclusive. It is then held after a look at
-	// once, without the wait for locks that come to light late; that look comes while the work goes on, and ends its
-	// context with a *LockedError. At worst a reader meets a file that is gone, which it tells; whoever
-	// removes files waits for the same time, and then sees the reader.
-	Reading bool
 	// RetryFor is how long to wait for others. Zero: not at all.
 	RetryFor time.Duration
 }
@@ -104,6 +102,9 @@ type Lock struct {
 	once sync.Once
 	err  error
 
+	ctx     context.Context // what Lock has returned
+	settled chan struct{}   // closed after the last look for others
+
 	renew sync.Mutex // held while the lock file is replaced
 
 	mu   sync.Mutex
@@ -114,7 +115,13 @@ type Lock struct {
 }
 
 // Lock locks the repository. The context it returns is a child of ctx that ends when the lock is lost
-// (its cause is then ErrLockLost, or with Reading a *LockedError) or given up: all work under the lock must use it.
+// (its cause is then ErrLockLost, or a *LockedError) or given up: all work under the lock must use it.
+//
+// Others that lock at the same moment may come to light a little late, so everyone looks twice. An
+// exclusive lock is held after the second look. Any other is held after the first; the second comes while the work goes on,
+// and ends its context with a *LockedError. Until then work may read, at worst a file that is gone or
+// an old index, and store packs, which are nothing by themselves. What makes them count waits for
+// Settled of its own accord.
 //
 // While the lock is held, the process ignores SIGHUP as its end, because that is how restic looks
 // whether a lock's holder is alive. Errors: *LockedError.
@@ -123,7 +130,7 @@ func (r *Repository) Lock(ctx context.Context, o LockOptions) (*Lock, context.Co
 	for {
 		l, err := r.tryLock(ctx, o)
 		if err == nil {
-			lctx := l.run(ctx, o.reads())
+			lctx := l.run(ctx)
 			if o.Exclusive {
 				r.exclusive.Store(l)
 			}
@@ -141,9 +148,6 @@ func (r *Repository) Lock(ctx context.Context, o LockOptions) (*Lock, context.Co
 	}
 }
 
-// reads reports whether the second look may come later.
-func (o LockOptions) reads() bool { return o.Reading && !o.Exclusive }
-
 func (r *Repository) tryLock(ctx context.Context, o LockOptions) (*Lock, error) {
 	if err := r.conflict(ctx, o.Exclusive, ID{}); err != nil {
 		return nil, err
@@ -151,7 +155,7 @@ func (r *Repository) tryLock(ctx context.Context, o LockOptions) (*Lock, error) 
 	// From before the lock appears: a looker that finds it may ask at once whether we live.
 	hup := make(chan os.Signal, 1)
 	signal.Notify(hup, syscall.SIGHUP)
-	l := &Lock{r: r, hup: hup}
+	l := &Lock{r: r, hup: hup, settled: make(chan struct{})}
 	l.body = lockFile{Exclusive: o.Exclusive, PID: os.Getpid()}
 	l.body.Username, l.body.Hostname = whoAmI()
 	if uid, gid := os.Getuid(), os.Getgid(); uid > 0 && gid >= 0 {
@@ -159,7 +163,7 @@ func (r *Repository) tryLock(ctx context.Context, o LockOptions) (*Lock, error) 
 	}
 	err := l.save(ctx)
 	if err == nil {
-		if !o.reads() {
+		if o.Exclusive {
 			err = r.clock.sleep(ctx, lockSettle)
 		}
 		if err == nil {
@@ -232,24 +236,95 @@ func (l *Lock) remove(ctx context.Context, name ID) error {
 }
 
 // run starts the refreshing.
-func (l *Lock) run(ctx context.Context, lookAgain bool) context.Context {
+func (l *Lock) run(ctx context.Context) context.Context {
 	lctx, cancel := context.WithCancelCause(ctx)
-	l.cancel = cancel
+	l.ctx, l.cancel = lctx, cancel
 	l.done.Add(2)
 	go l.refresh(lctx)
 	go l.watch(lctx)
-	if lookAgain {
+	if l.body.Exclusive {
+		close(l.settled)
+	} else {
 		own := l.id
-		l.done.Go(func() {
-			if l.r.clock.sleep(lctx, lockSettle) != nil {
-				return
-			}
-			if err := l.r.conflict(lctx, false, own); err != nil {
-				l.cancel(err) // without effect if the work is done
-			}
-		})
+		l.done.Go(func() { l.settle(lctx, own) })
 	}
 	return lctx
+}
+
+// settle is the second look of a lock that is not exclusive. Another one that wants to be alone and has locked at the
+// same moment gives way when it sees us.
+func (l *Lock) settle(ctx context.Context, own ID) {
+	var err error
+	for range lockLooks {
+		if l.r.clock.sleep(ctx, lockSettle) != nil {
+			return
+		}
+		var le *LockedError
+		if err = l.r.conflict(ctx, false, own); !errors.As(err, &le) {
+			break
+		}
+	}
+	if err != nil {
+		l.cancel(err) // without effect if the work is done
+		return
+	}
+	close(l.settled)
+}
+
+// ErrPruned is returned when another program has removed from the repository what the index tells, in the
+// moment in which the work began.
+var ErrPruned = errors.New("another program changed the repository in the moment in which this one began, which has changed nothing: try again")
+
+// Settled waits until the lock has looked twice for others, and makes sure that an index that was
+// loaded before is still the present one. Whoever stops a service or
+// changes something outside of the repository calls it first. Without a lock there is nothing to wait for.
+// Errors: *LockedError, ErrPruned.
+func (r *Repository) Settled(ctx context.Context) error {
+	l := r.held.Load()
+	if l == nil {
+		return nil
+	}
+	select {
+	case <-l.settled:
+	case <-l.ctx.Done():
+		return context.Cause(l.ctx)
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	r.earlyMu.Lock()
+	defer r.earlyMu.Unlock()
+	if len(r.early) == 0 {
+		return nil
+	}
+	now, err := r.indexFiles(ctx)
+	if err != nil {
+		return err
+	}
+	there := make(map[ID]bool, len(now))
+	for _, d := range now {
+		there[d] = true
+	}
+	for _, d := range r.early {
+		if !there[d] {
+			return fmt.Errorf("%w (the index file %s at %s is gone)", ErrPruned, d.Short(), r.be.Location())
+		}
+	}
+	r.early = nil
+	return nil
+}
+
+// settles reports whether our lock has a look at others before it.
+func (r *Repository) settles() bool {
+	l := r.held.Load()
+	if l == nil {
+		return false
+	}
+	select {
+	case <-l.settled:
+		return false
+	default:
+		return true
+	}
 }
 
 func (l *Lock) refresh(ctx context.Context) {

@@ -400,7 +400,7 @@ func TestLockRace(t *testing.T) {
 		return c.wait(ctx, d)
 	}
 	var le *LockedError
-	if _, _, err := r.Lock(ctx, LockOptions{}); !errors.As(err, &le) || le.Holder.ID != rival {
+	if _, _, err := r.Lock(ctx, LockOptions{Exclusive: true}); !errors.As(err, &le) || le.Holder.ID != rival {
 		t.Errorf("Lock: %v", err)
 	}
 	if n := lockNames(t, be); len(n) != 1 || n[0] != rival.String() {
@@ -408,9 +408,25 @@ func TestLockRace(t *testing.T) {
 	}
 }
 
-// A reader does not wait before it begins: it sees at once who locked at the same moment, and later, while it works,
-// whose lock came to light late.
-func TestLockReading(t *testing.T) {
+// settling makes each later look of r wait for a signal.
+func settling(r *Repository, c *fakeClock) (look chan struct{}) {
+	look = make(chan struct{})
+	r.clock.sleep = func(ctx context.Context, d time.Duration) error {
+		if d != lockSettle {
+			return c.wait(ctx, d)
+		}
+		select {
+		case <-look:
+			return nil
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+	return look
+}
+
+// A lock that is not exclusive is held before the second look, which ends the work.
+func TestLockSettles(t *testing.T) {
 	ctx := context.Background()
 	be := mem.New()
 	initRepo(t, be, InitOptions{})
@@ -418,28 +434,39 @@ func TestLockReading(t *testing.T) {
 	exclusive := func() ID {
 		return putLock(t, r, lockFile{Time: c.now(), Hostname: "rival", PID: 7, Exclusive: true})
 	}
-	settled := make(chan struct{})
-	r.clock.sleep = func(ctx context.Context, d time.Duration) error {
-		if d != lockSettle {
-			return c.wait(ctx, d)
-		}
-		select {
-		case <-settled:
-			return nil
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		}
-	}
-	l, lctx, err := r.Lock(ctx, LockOptions{Reading: true})
+	look := settling(r, c)
+	l, lctx, err := r.Lock(ctx, LockOptions{})
 	if err != nil || lctx.Err() != nil {
 		t.Fatal(err)
 	}
+	// Nothing that counts is stored or removed meanwhile.
+	before := len(list(t, be))
+	stored := make(chan error, 2)
+	go func() {
+		_, err := r.SaveUnpacked(lctx, backend.SnapshotFile, []byte("{}"))
+		stored <- err
+	}()
+	go func() { stored <- r.RemoveUnpacked(lctx, backend.IndexFile, ID{}) }()
+	time.Sleep(20 * time.Millisecond)
+	if n := len(list(t, be)); n != before {
+		t.Errorf("%d files, not %d: something was stored before the second look", n, before)
+	}
 	late := exclusive()
-	close(settled)
+	for range lockLooks {
+		look <- struct{}{}
+	}
 	<-lctx.Done()
 	var le *LockedError
 	if err := context.Cause(lctx); !errors.As(err, &le) || le.Holder.ID != late {
 		t.Errorf("the end of the work: %v", err)
+	}
+	for range 2 {
+		if err := <-stored; !errors.As(err, &le) {
+			t.Errorf("storing under a lock that did not settle: %v", err)
+		}
+	}
+	if err := r.Settled(ctx); !errors.As(err, &le) {
+		t.Errorf("settled: %v", err)
 	}
 	if err := l.Unlock(); err != nil {
 		t.Error(err)
@@ -447,7 +474,7 @@ func TestLockReading(t *testing.T) {
 	if n := lockNames(t, be); len(n) != 1 {
 		t.Errorf("locks left: %v", n)
 	}
-	if _, _, err := r.Lock(ctx, LockOptions{Reading: true}); !errors.As(err, &le) {
+	if _, _, err := r.Lock(ctx, LockOptions{}); !errors.As(err, &le) {
 		t.Errorf("beside an exclusive lock: %v", err)
 	}
 	if _, err := r.Unlock(ctx, true); err != nil {
@@ -457,7 +484,7 @@ func TestLockReading(t *testing.T) {
 	// The rival locks between the first look and our own lock.
 	rival := &rivalBackend{Backend: be, before: func() { late = exclusive() }}
 	r.be = rival
-	if _, _, err := r.Lock(ctx, LockOptions{Reading: true}); !errors.As(err, &le) || le.Holder.ID != late {
+	if _, _, err := r.Lock(ctx, LockOptions{}); !errors.As(err, &le) || le.Holder.ID != late {
 		t.Errorf("beside one that locks at the same moment: %v", err)
 	}
 	if n := lockNames(t, be); len(n) != 1 || n[0] != late.String() {
@@ -468,8 +495,7 @@ func TestLockReading(t *testing.T) {
 	if _, err := r.Unlock(ctx, true); err != nil {
 		t.Fatal(err)
 	}
-	settled = make(chan struct{})
-	if l, _, err = r.Lock(ctx, LockOptions{Reading: true}); err != nil {
+	if l, _, err = r.Lock(ctx, LockOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	if err := l.Unlock(); err != nil {
@@ -477,8 +503,70 @@ func TestLockReading(t *testing.T) {
 	}
 	wctx, cancel := context.WithTimeout(ctx, 20*time.Millisecond)
 	defer cancel()
-	if _, _, err := r.Lock(wctx, LockOptions{Exclusive: true, Reading: true}); err == nil {
+	if _, _, err := r.Lock(wctx, LockOptions{Exclusive: true}); err == nil {
 		t.Error("an exclusive lock without the wait")
+	}
+	if err := r.Settled(ctx); err != nil {
+		t.Errorf("without a lock: %v", err)
+	}
+}
+
+// A rival that gives way ends nothing, unless it has changed the index that we have read by then.
+func TestLockRivalGivesWay(t *testing.T) {
+	ctx := context.Background()
+	be := mem.New()
+	initRepo(t, be, InitOptions{})
+	r, c := locked(t, be)
+	w := r.NewWriter(ctx)
+	if _, _, err := w.Save(ctx, DataBlob, []byte("one")); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Flush(ctx); err != nil {
+		t.Fatal(err)
+	}
+	look := settling(r, c)
+	try := func(between func()) error {
+		t.Helper()
+		l, lctx, err := r.Lock(ctx, LockOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Unlock()
+		if err := r.LoadIndex(lctx); err != nil {
+			t.Fatal(err)
+		}
+		rival := putLock(t, r, lockFile{Time: c.now(), Hostname: "rival", PID: 7, Exclusive: true})
+		look <- struct{}{}
+		look <- struct{}{} // it has seen the rival, and sleeps again
+		between()
+		if err := r.RemoveUnpacked(ctx, backend.LockFile, rival); err != nil {
+			t.Fatal(err)
+		}
+		select {
+		case look <- struct{}{}:
+		case <-l.settled:
+		}
+		_, err = r.SaveUnpacked(lctx, backend.SnapshotFile, []byte("{}"))
+		return err
+	}
+	if err := try(func() {}); err != nil {
+		t.Errorf("a rival that gave way: %v", err)
+	}
+	// One that we could not see in time, and that could not see us, has pruned.
+	err := try(func() {
+		for _, h := range list(t, be) {
+			if h.Type == backend.IndexFile {
+				if err := be.Remove(ctx, h); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+	})
+	if !errors.Is(err, ErrPruned) {
+		t.Errorf("a rival that has pruned: %v", err)
+	}
+	if n := lockNames(t, be); len(n) != 0 {
+		t.Errorf("locks left: %v", n)
 	}
 }
 

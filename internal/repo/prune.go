@@ -226,7 +226,11 @@ func (p *PrunePlan) load(ctx context.Context) error {
 	}
 	var mu sync.Mutex
 	files := map[ID]*pruneIndex{}
-	err := p.r.eachIndex(ctx, func(file, d ID, blobs []pack.Entry) error {
+	list, err := p.r.indexFiles(ctx)
+	if err != nil {
+		return err
+	}
+	err = p.r.eachIndex(ctx, list, func(file, d ID, blobs []pack.Entry) error {
 		mu.Lock()
 		defer mu.Unlock()
 		f := files[file]

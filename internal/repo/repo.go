@@ -113,6 +113,9 @@ type Repository struct {
 	exclusive atomic.Pointer[Lock] // ours, while it is held
 	held      atomic.Pointer[Lock] // the latest of ours of either kind, while it is held
 
+	earlyMu sync.Mutex
+	early   []ID // guarded by earlyMu: index files that were loaded before the lock was settled
+
 	// When to write an index file in the middle of a backup.
 	indexBlobs int
 	indexAge   time.Duration
