@@ -108,7 +108,7 @@ func (c *Cache) DropStore(name string) {
 }
 
 // cacheMagic names the format; another number is another format, and then the cache is not used.
-const cacheMagic = "holdfast cache 8\n"
+const cacheMagic = "holdfast cache 9\n"
 
 // LoadCache opens the cache at path. Anything wrong with it gives an empty cache and an error worth
 // a line at the most. Spaces are read when they are worked on; what is wrong with one of them makes that one

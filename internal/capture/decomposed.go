@@ -172,7 +172,7 @@ func (s *store) decomposedSpace(ctx context.Context, sp *space) (*snapshotPart, 
 	cs := &cachedSpace{folder: sp.folder, looked: s.c.now(), seen: s.c.now()}
 	// What an instance with a bucket has in blobs/ is left from before, and nothing knows of it.
 	sc := s.scanner(func(rel string) bool { return s.obj == nil && rel == blobsDir })
-	sc.unreadable, sc.ask = d.unreadable, d.allNew()
+	sc.unreadable, sc.ask = d.unreadable, d.localTimes || d.allNew()
 	sc.record = s.c.newListingWriter()
 	var onlyBlobs map[string]bool
 	if quick {
@@ -233,7 +233,7 @@ func (s *store) decomposedSpace(ctx context.Context, sp *space) (*snapshotPart, 
 		n.blobEntries, n.blobBytes = d.objects.blobEntries, d.objects.blobBytes
 	} else if _, err := s.root.stat(blobsDir); err == nil {
 		sc := s.scanner(nil)
-		sc.unreadable, sc.ask = d.unreadable, d.allNew()
+		sc.unreadable, sc.ask = d.unreadable, d.localTimes || d.allNew()
 		sc.record = blobsSeen
 		if quick {
 			sc.old, sc.trust, sc.list = readListing(d.old.blobsSeen, s.rules), nothingInPlace, d.changes(blobsDir)

@@ -342,3 +342,39 @@ func TestUntouchedSpacesAreNotScanned(t *testing.T) {
 		t.Error("what another run had seen was taken for known")
 	}
 }
+
+// TestAttributesOfEntriesBesideAChange: a group that is read again has the attributes of all its entries, also of those that
+// are not asked for them because they are what they were.
+func TestAttributesOfEntriesBesideAChange(t *testing.T) {
+	s := newTinyStore(t)
+	shard := filepath.Dir(s.nodePath(fileID))
+	s.check(unix.Setxattr(s.nodePath(folderID), "user.x", []byte("kept"), 0))
+	s.check(unix.Setxattr(shard, "user.x", []byte("to go"), 0))
+	r, _ := newRepo(t)
+	res, sn, _ := run(t, r, s.inst, capture.Options{Now: future})
+	for i, change := range []func(){
+		func() { s.replaceMeta(fileID, meta(blobID, content, "user.oc.a", "1")...) },
+		func() { s.replaceMeta(fileID, meta(blobID, content, "user.oc.a", "2")...) },
+		func() { s.check(unix.Removexattr(shard, "user.x")) },
+		func() { s.check(unix.Setxattr(filepath.Dir(shard), "user.y", nil, 0)) },
+		func() { s.check(unix.Setxattr(s.nodePath(folderID), "user.x", []byte("put in"), 0)) },
+		func() { s.check(unix.Setxattr(s.nodePath(folderID), "user.z", nil, 0)) },
+		func() {
+			s.replaceMeta(fileID, meta(blobID, content, "user.oc.a", "3")...)
+			s.check(unix.Setxattr(s.nodePath(fileID)+".mpk", "user.m", nil, 0))
+		},
+		func() { s.check(unix.Removexattr(filepath.Dir(shard), "user.y")) },
+	} {
+		s.tick()
+		change()
+		next, inc, _ := run(t, r, s.inst, capture.Options{Cache: reload(t, res.Cache), Now: future})
+		_, full, _ := run(t, r, s.inst, capture.Options{Now: future})
+		if *inc.Tree == *sn.Tree {
+			t.Errorf("%d: the change was not seen", i)
+		}
+		if *inc.Tree != *full.Tree {
+			t.Errorf("%d: the incremental capture gives another tree than the full one", i)
+		}
+		res, sn = next, inc
+	}
+}

@@ -35,6 +35,7 @@ const (
 	listedOther   = 3 // the name only
 	listedSparse  = 1 << 2
 	listedUnsure  = 1 << 3 // changed so shortly before the scan that its times prove nothing
+	listedBare    = 1 << 4 // had no extended attributes; setting one changes the ctime
 	listedKind    = 3
 )
 
@@ -66,6 +67,12 @@ func (o *oldEntry) dir() oldDir {
 // same reports whether the directory has the times, mode and owner that it had.
 func (o *oldDir) same(e *entry) bool {
 	return o.known && o.sure && o.mtime == e.mtime && o.ctime == e.ctime && o.mode == e.mode && o.uid == e.uid && o.gid == e.gid
+}
+
+// sameInode reports whether e, of the same name, has the times, mode, owner and, but for a directory, the size of old.
+func sameInode(old, e *entry) bool {
+	return old.mode == e.mode && old.uid == e.uid && old.gid == e.gid && (e.isDir() || old.size == e.size && e.nlink == 1) &&
+		old.mtime == e.mtime && old.ctime == e.ctime
 }
 
 // same reports whether the file or link, whose times must prove something, is what it was.
@@ -102,6 +109,7 @@ func (c *cursor) next() bool {
 		}
 		e, w := &o.entry, &c.l.owners[who]
 		e.mode, e.uid, e.gid, e.nlink = w.mode, w.uid, w.gid, 1
+		e.bare = o.flags&(listedBare|listedUnsure) == listedBare
 		if kind != listedDir {
 			if e.size = d.int(); o.flags&listedSparse == 0 {
 				e.alloc = e.size
@@ -217,8 +225,11 @@ func (w *listingWriter) add(e *entry) {
 	if e.sparse() {
 		flags |= listedSparse
 	}
-	if w.c.racyTime(e.ctime) {
+	switch {
+	case w.c.racyTime(e.ctime):
 		flags |= listedUnsure
+	case e.bare:
+		flags |= listedBare
 	}
 	b := append(top.buf, flags)
 	shared := sharedPrefix(top.last, name)

@@ -229,18 +229,26 @@ func (e *entry) ask(dir int, name string, buf []byte) {
 	if noListxattrat.Load() {
 		return
 	}
+	e.askBare(dir, name, buf)
+	if !e.isSymlink() {
+		return
+	}
+	if n, err := unix.Readlinkat(dir, name, buf); err == nil && n < len(buf) {
+		e.link = string(buf[:n])
+	}
+}
+
+// askBare finds out whether the entry name in dir has no attributes.
+func (e *entry) askBare(dir int, name string, buf []byte) {
+	if noListxattrat.Load() {
+		return
+	}
 	n, err := listxattrat(dir, name, buf)
 	switch {
 	case err == nil:
 		e.bare = n == 0
 	case errors.Is(err, unix.ENOTSUP): // this file system has none
 		e.bare = true
-	}
-	if !e.isSymlink() {
-		return
-	}
-	if n, err := unix.Readlinkat(dir, name, buf); err == nil && n < len(buf) {
-		e.link = string(buf[:n])
 	}
 }
 

@@ -35,8 +35,8 @@ type scanner struct {
 	list *fschange.List
 	// trust reports whether an entry in an unchanged directory cannot have changed by itself.
 	trust func(e *entry) bool
-	// ask has what the groups will ask of each entry asked while its directory is open: they read all of
-	// them, because nothing is known.
+	// ask has what the groups will ask of each entry asked while its directory is open, but for those that old
+	// tells the same of. So record tells the next scan, too.
 	ask bool
 	// only, if not nil, are the directories, with all above them, that have to be looked at. The rest is as old
 	// says, but for what proves nothing.
@@ -253,7 +253,11 @@ func (l *lister) unchanged(dir *entry, old oldDir) (found []scanItem, known []ol
 	}
 	prefix := below(dir.path)
 	asBefore := l.sc.only != nil && !l.sc.only[dir.path]
-	var look []int
+	type toLook struct {
+		i    int
+		sure bool
+	}
+	var look []toLook
 	arrived := false
 	ok = l.sc.old.each(old.kids, func(o *oldEntry) bool {
 		o.entry.path = join(prefix, o.entry.path)
@@ -262,18 +266,19 @@ func (l *lister) unchanged(dir *entry, old oldDir) (found []scanItem, known []ol
 			dir = o.dir()
 			dir.listed = list != nil
 		}
+		at := toLook{len(found), o.flags&listedUnsure == 0}
 		switch {
 		case o.flags&listedKind == listedOther:
-			look = append(look, len(found))
+			look = append(look, at)
 		case list != nil:
 			if list.Changed(o.entry.path) {
-				look = append(look, len(found))
+				look = append(look, at)
 				if list.Arrived(o.entry.path) {
 					arrived = true
 				}
 			}
 		case o.flags&listedUnsure != 0 || !asBefore && (o.isDir() || !l.sc.trust(&o.entry)):
-			look = append(look, len(found))
+			look = append(look, at)
 		}
 		found, known = append(found, scanItem{entry: o.entry}), append(known, dir)
 		return true
@@ -293,14 +298,21 @@ func (l *lister) unchanged(dir *entry, old oldDir) (found []scanItem, known []ol
 		at = len(prefix)
 	}
 	var st unix.Stat_t
-	for _, i := range look {
-		e := &found[i].entry
+	for _, k := range look {
+		e := &found[k.i].entry
 		if err := unix.Fstatat(fd, e.path[at:], &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
 			return nil, nil, false
 		}
+		was := *e
 		e.fill(&st)
-		if e.isDir() != known[i].known {
+		if e.isDir() != known[k.i].known {
 			return nil, nil, false
+		}
+		if !k.sure || !sameInode(&was, e) {
+			e.bare = false
+			if l.sc.ask {
+				e.askBare(fd, e.path[at:], l.link)
+			}
 		}
 	}
 	if list != nil && l.sc.taken != nil {
@@ -360,7 +372,7 @@ func (l *lister) read(dir *entry, old oldDir) (found []scanItem, known []oldDir)
 		found = append(found, scanItem{entry: entry{path: p}})
 		e := &found[len(found)-1].entry
 		e.fill(&st)
-		if l.sc.ask {
+		if l.sc.ask && !old.known {
 			e.ask(fd, name, l.link)
 		}
 	}
@@ -368,20 +380,34 @@ func (l *lister) read(dir *entry, old oldDir) (found []scanItem, known []oldDir)
 		return found, nil
 	}
 	known = make([]oldDir, len(found))
+	asked := make([]bool, len(found))
 	i := 0
 	l.sc.old.each(old.kids, func(o *oldEntry) bool { // both are in order
 		for i < len(found) && found[i].path[len(prefix):] < o.entry.path {
 			i++
 		}
-		if i < len(found) && found[i].isDir() && o.isDir() && found[i].path[len(prefix):] == o.entry.path {
-			// A directory that came here since is another one than that of the listing.
-			if arrived := old.listed && l.sc.list.Arrived(found[i].path); !arrived {
-				known[i] = o.dir()
-				known[i].listed = old.listed
-			}
+		if i == len(found) || found[i].path[len(prefix):] != o.entry.path {
+			return i < len(found)
 		}
-		return i < len(found)
+		e := &found[i].entry
+		// What came here since is not that of the listing.
+		if old.listed && l.sc.list.Arrived(e.path) {
+			return true
+		}
+		if e.isDir() && o.isDir() {
+			known[i] = o.dir()
+			known[i].listed = old.listed
+		}
+		if o.flags&listedUnsure == 0 && o.flags&listedKind != listedOther && sameInode(&o.entry, e) {
+			e.bare, asked[i] = o.entry.bare, true
+		}
+		return true
 	})
+	for i := range found {
+		if e := &found[i].entry; l.sc.ask && !asked[i] {
+			e.ask(fd, e.path[len(prefix):], l.link)
+		}
+	}
 	return found, known
 }
 
