@@ -8,6 +8,7 @@ import (
 	"runtime"
 	"sync"
 
+	//lint:ignore SA1019 scrypt is made of this function; deprecated is its use for encryption
 	"golang.org/x/crypto/salsa20/salsa"
 	"golang.org/x/sys/unix"
 )
