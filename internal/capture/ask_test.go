@@ -98,7 +98,7 @@ func TestAttributesAreAskedOnce(t *testing.T) {
 	// scan returns which entries are bare, as the groups take it. lie is what the listing is told instead.
 	scan := func(started time.Time, old []byte, lie func(e *entry)) (bare map[string]bool, seen []byte) {
 		t.Helper()
-		w := (&capturer{started: started}).newListingWriter()
+		w := (&capturer{started: started}).newListingWriter(nil)
 		sc := &scanner{
 			r: r, workers: 2, ahead: 1 << 16, ask: true, old: readListing(old, 1), trust: nothingInPlace,
 			unreadable: func(rel string, err error) { t.Error(rel, err) },

@@ -228,17 +228,21 @@ func (c *Cache) place(s *cachedSpace) (slot, error) {
 		return *s.at, nil
 	}
 	p := encodeSpace(s)
-	if s.was != nil && id.Hash(p) == s.was.sum {
+	sum := id.Hash(p)
+	if s.was != nil && sum == s.was.sum {
 		return *s.was, nil
 	}
 	c.mu.Lock()
 	out := c.out
 	c.mu.Unlock()
-	return out.put(p)
+	return out.put(p, sum)
 }
 
 func encodeSpace(s *cachedSpace) []byte {
 	var e encoder
+	if s.was != nil { // it will be about as long as it was
+		e.p = make([]byte, 0, s.was.len+s.was.len/16)
+	}
 	e.str(s.folder)
 	e.id(s.print)
 	e.count(len(s.groups))
@@ -357,7 +361,7 @@ func (c *Cache) tidy(path string) error {
 			delete(c.spaces, key)
 			continue
 		}
-		at, err := out.put(p)
+		at, err := out.put(p, t.sum)
 		if err != nil {
 			return err
 		}

@@ -173,7 +173,7 @@ func (s *store) decomposedSpace(ctx context.Context, sp *space) (*snapshotPart, 
 	// What an instance with a bucket has in blobs/ is left from before, and nothing knows of it.
 	sc := s.scanner(func(rel string) bool { return s.obj == nil && rel == blobsDir })
 	sc.unreadable, sc.ask = d.unreadable, d.localTimes || d.allNew()
-	sc.record = s.c.newListingWriter()
+	sc.record = s.c.newListingWriter(d.old.nodesSeen)
 	var onlyBlobs map[string]bool
 	if quick {
 		sc.old, sc.trust, sc.list = readListing(d.old.nodesSeen, s.rules), nothingInPlace, d.changes(sp.rel)
@@ -225,7 +225,7 @@ func (s *store) decomposedSpace(ctx context.Context, sp *space) (*snapshotPart, 
 		}
 	}
 	var blobGroups []*group
-	blobsSeen := s.c.newListingWriter()
+	blobsSeen := s.c.newListingWriter(d.old.blobsSeen)
 	if s.obj != nil {
 		if blobGroups, br.fresh, err = d.objectGroups(ctx, sameNodes); err != nil {
 			return nil, err

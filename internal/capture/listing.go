@@ -182,8 +182,13 @@ type listingDir struct {
 	last string
 }
 
-func (c *capturer) newListingWriter() *listingWriter {
-	return &listingWriter{c: c, index: map[owner]int{}}
+// newListingWriter makes room for a listing that is about as long as old was.
+func (c *capturer) newListingWriter(old []byte) *listingWriter {
+	w := &listingWriter{c: c, index: map[owner]int{}}
+	if len(old) > 0 {
+		w.spare = append(w.spare, make([]byte, 0, len(old)+len(old)/16))
+	}
+	return w
 }
 
 // add takes in the next entry of the walk; the first is the directory itself.
@@ -193,7 +198,7 @@ func (w *listingWriter) add(e *entry) {
 	}
 	if len(w.stack) == 0 {
 		w.l.base, _ = e.mtime.nanoseconds()
-		w.stack = append(w.stack, listingDir{path: e.path})
+		w.push(e)
 		w.top = *e
 		return
 	}
@@ -247,12 +252,17 @@ func (w *listingWriter) add(e *entry) {
 	}
 	top.buf = b
 	if flags&listedKind == listedDir {
-		next := listingDir{path: e.path}
-		if n := len(w.spare); n > 0 {
-			next.buf, w.spare = w.spare[n-1], w.spare[:n-1]
-		}
-		w.stack = append(w.stack, next)
+		w.push(e)
 	}
+}
+
+// push opens the directory e.
+func (w *listingWriter) push(e *entry) {
+	next := listingDir{path: e.path}
+	if n := len(w.spare); n > 0 {
+		next.buf, w.spare = w.spare[n-1], w.spare[:n-1]
+	}
+	w.stack = append(w.stack, next)
 }
 
 func (w *listingWriter) owner(o owner) int {

@@ -42,7 +42,7 @@ func TestListing(t *testing.T) {
 	}
 	defer r.close()
 	c := &capturer{started: time.Now().Add(time.Hour)}
-	w := c.newListingWriter()
+	w := c.newListingWriter(nil)
 	var want []string
 	sc := &scanner{r: r, workers: 2, ahead: 1 << 16, unreadable: func(rel string, err error) { t.Error(rel, err) }, record: w}
 	if err := sc.walk(t.Context(), "", func(e *entry) error {
@@ -65,7 +65,7 @@ func TestListing(t *testing.T) {
 	var read func(prefix string, kids []byte)
 	read = func(prefix string, kids []byte) {
 		if !l.each(kids, func(o *oldEntry) bool {
-			p := join(prefix, o.entry.path)
+			p := prefix + o.entry.path
 			e := o.entry
 			if o.flags&listedKind == listedOther {
 				st, err := r.stat(p)
@@ -104,7 +104,7 @@ func describe(e *entry, path string) string {
 // must end with an error and not with a crash.
 func FuzzListing(f *testing.F) {
 	c := &capturer{started: time.Now().Add(time.Hour)}
-	w := c.newListingWriter()
+	w := c.newListingWriter(nil)
 	for _, e := range []entry{
 		{path: "s", mode: unix.S_IFDIR}, {path: "s/a", mode: unix.S_IFDIR | 0o700}, {path: "s/a/b", mode: unix.S_IFREG, nlink: 1, size: 5},
 		{path: "s/b", mode: unix.S_IFLNK, nlink: 1, size: 1}, {path: "s/c", mode: unix.S_IFIFO},
@@ -128,4 +128,56 @@ func FuzzListing(f *testing.F) {
 		}
 		read(l.top.kids, 0)
 	})
+}
+
+// TestWhatIsUnchangedAllocatesLittle: taking an entry over from a listing allocates its path and nothing else.
+func TestWhatIsUnchangedAllocatesLittle(t *testing.T) {
+	dir := t.TempDir()
+	entries := 0
+	for i := range 4 * 4 * 4 {
+		p := filepath.Join(dir, fmt.Sprintf("%d/%d/%d/file", i/16, i/4%4, i%4))
+		if err := os.MkdirAll(filepath.Dir(p), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(p, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r, err := openRoot(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.close()
+	w := (&capturer{started: time.Now().Add(time.Hour)}).newListingWriter(nil)
+	sc := &scanner{r: r, workers: 1, ahead: 1 << 16, unreadable: func(rel string, err error) { t.Error(rel, err) }, record: w}
+	var want []string
+	if err := sc.walk(t.Context(), "", func(e *entry) error {
+		if e.path != "" {
+			entries++
+			want = append(want, describe(e, e.path))
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	sc.record, sc.old, sc.trust, sc.only = nil, readListing(w.finish(1), 1), nothingInPlace, map[string]bool{}
+	top, err := r.stat("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := newLister(sc)
+	allocs := testing.AllocsPerRun(5, func() {
+		l.out = l.out[:0]
+		l.list(&top, sc.old.top, &l.out)
+	})
+	if most := float64(entries) * 1.05; allocs > most {
+		t.Errorf("%v allocations for %d entries", allocs, entries)
+	}
+	var got []string
+	for i := range l.out {
+		got = append(got, describe(&l.out[i].entry, l.out[i].path))
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("taken over:\n%q\nwant:\n%q", got, want)
+	}
 }

@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"sort"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/holdfast-backup/holdfast/internal/repo"
@@ -100,12 +101,21 @@ func saveTree(ctx context.Context, t Target, nodes []*snapshot.Node) (repo.ID, e
 			return repo.ID{}, fmt.Errorf("save tree: two entries are called %q; this is a flaw of Holdfast, please report it", nodes[i].Name)
 		}
 	}
-	d, _, err := t.Save(ctx, repo.TreeBlob, snapshot.EncodeTree(nodes))
+	w := treeWriters.Get().(*snapshot.TreeWriter)
+	defer treeWriters.Put(w)
+	w.Reset()
+	for _, n := range nodes {
+		w.Add(n)
+	}
+	d, _, err := t.Save(ctx, repo.TreeBlob, w.Bytes())
 	if err != nil {
 		return d, fmt.Errorf("save tree: %w", err)
 	}
 	return d, nil
 }
+
+// treeWriters are used again: their buffers were a tenth of all that a backup of the changed store allocated.
+var treeWriters = sync.Pool{New: func() any { return new(snapshot.TreeWriter) }}
 
 // treeRecorder notes the trees that pass through it: a result is used again only while all of them
 // are in the repository.

@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"io/fs"
+	"slices"
 	"sort"
 	"strings"
 	"sync"
@@ -81,6 +82,7 @@ type scanState struct {
 	ahead   int
 	stopped bool
 	ctx     context.Context
+	own     *lister // of the consumer, for what no worker has begun
 }
 
 // walk calls fn for rel itself and for each entry below it, in order.
@@ -150,7 +152,10 @@ func (s *scanState) work() {
 
 // list fills j and queues what is below it.
 func (s *scanState) list(l *lister, j *scanJob) {
-	l.list(&j.dir, j.old, &j.items)
+	l.out = l.out[:0]
+	l.list(&j.dir, j.old, &l.out)
+	j.items = slices.Clone(l.out)
+	l.tidy()
 	s.mu.Lock()
 	j.state = 2
 	j.size = len(j.items)
@@ -170,7 +175,10 @@ func (s *scanState) consume(j *scanJob, fn func(*entry) error) error {
 	if j.state == 0 { // nobody has begun: waiting for a worker that waits for us would be for ever
 		j.state = 1
 		s.mu.Unlock()
-		s.list(newLister(s.sc), j)
+		if s.own == nil {
+			s.own = newLister(s.sc)
+		}
+		s.list(s.own, j)
 	} else {
 		s.mu.Unlock()
 		<-j.done
@@ -204,6 +212,29 @@ type lister struct {
 	buf   []byte
 	names []string
 	link  []byte // room for the target of a link
+	// What is found in the directories on the way down, the innermost last: most have an entry or two, and slices of
+	// their own would be most of what a scan allocates.
+	found []scanItem
+	known []oldDir
+	look  []toLook
+	cur   cursor
+	out   []scanItem // what a job has found until it is done
+}
+
+// tidy lets go of what a large directory took.
+func (l *lister) tidy() {
+	if cap(l.found) > 2*inlineMost {
+		l.found, l.known, l.look = nil, nil, nil
+	}
+	if cap(l.out) > 2*inlineMost {
+		l.out = nil
+	}
+}
+
+// toLook is an entry in found that must be looked at.
+type toLook struct {
+	i    int
+	sure bool // the times that old has prove something
 }
 
 func newLister(sc *scanner) *lister {
@@ -212,6 +243,8 @@ func newLister(sc *scanner) *lister {
 
 // list appends the entries of the directory dir, in order; old is what is known of it.
 func (l *lister) list(dir *entry, old oldDir, out *[]scanItem) {
+	f, k := len(l.found), len(l.known)
+	defer func() { l.found, l.known = l.found[:f], l.known[:k] }()
 	found, known, ok := l.unchanged(dir, old)
 	if !ok {
 		found, known = l.read(dir, old)
@@ -251,22 +284,21 @@ func (l *lister) unchanged(dir *entry, old oldDir) (found []scanItem, known []ol
 	if !old.same(dir) && (list == nil || list.Changed(dir.path)) {
 		return nil, nil, false
 	}
-	prefix := below(dir.path)
 	asBefore := l.sc.only != nil && !l.sc.only[dir.path]
-	type toLook struct {
-		i    int
-		sure bool
-	}
-	var look []toLook
+	f, k := len(l.found), len(l.known)
+	look := l.look[:0]
 	arrived := false
-	ok = l.sc.old.each(old.kids, func(o *oldEntry) bool {
-		o.entry.path = join(prefix, o.entry.path)
+	l.cur.l = l.sc.old
+	l.cur.reset(old.kids)
+	for l.cur.next() {
+		o := &l.cur.o
+		o.entry.path = join(dir.path, o.entry.path)
 		dir := oldDir{}
 		if o.isDir() {
 			dir = o.dir()
 			dir.listed = list != nil
 		}
-		at := toLook{len(found), o.flags&listedUnsure == 0}
+		at := toLook{len(l.found) - f, o.flags&listedUnsure == 0}
 		switch {
 		case o.flags&listedKind == listedOther:
 			look = append(look, at)
@@ -280,9 +312,11 @@ func (l *lister) unchanged(dir *entry, old oldDir) (found []scanItem, known []ol
 		case o.flags&listedUnsure != 0 || !asBefore && (o.isDir() || !l.sc.trust(&o.entry)):
 			look = append(look, at)
 		}
-		found, known = append(found, scanItem{entry: o.entry}), append(known, dir)
-		return true
-	})
+		l.found, l.known = append(l.found, scanItem{entry: o.entry}), append(l.known, dir)
+	}
+	ok = !l.cur.d.bad
+	l.look = look
+	found, known = l.found[f:], l.known[k:]
 	if !ok || arrived {
 		return nil, nil, false
 	}
@@ -295,7 +329,9 @@ func (l *lister) unchanged(dir *entry, old oldDir) (found []scanItem, known []ol
 			return nil, nil, false
 		}
 		defer unix.Close(fd)
-		at = len(prefix)
+		if at = len(dir.path); at > 0 {
+			at++ // the slash
+		}
 	}
 	var st unix.Stat_t
 	for _, k := range look {
@@ -329,12 +365,12 @@ func below(rel string) string {
 	return rel + "/"
 }
 
-// join makes a path of a prefix and a name whose bytes do not last.
-func join(prefix, name string) string {
-	if prefix == "" {
+// join makes a path of that of a directory and a name whose bytes do not last.
+func join(dir, name string) string {
+	if dir == "" {
 		return strings.Clone(name)
 	}
-	return prefix + name
+	return dir + "/" + name
 }
 
 // read lists a directory. Where something is known of its subdirectories it is returned as well.

@@ -33,8 +33,8 @@ type slot struct {
 	live bool // see cachedSpace
 }
 
-// put appends p.
-func (s *shelf) put(p []byte) (slot, error) {
+// put appends p, whose hash is sum.
+func (s *shelf) put(p []byte, sum id.ID) (slot, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.f == nil && s.base != "" {
@@ -42,7 +42,7 @@ func (s *shelf) put(p []byte) (slot, error) {
 			return slot{}, err
 		}
 	}
-	at := slot{on: s, off: s.size, len: int64(len(p)), sum: id.Hash(p)}
+	at := slot{on: s, off: s.size, len: int64(len(p)), sum: sum}
 	if s.f == nil {
 		if s.mem == nil {
 			s.mem = map[int64][]byte{}
