@@ -62,6 +62,7 @@ func (a *app) check(ctx context.Context, r *repo.Repository, readData bool) erro
 	}
 	rep, err := verify.Run(ctx, r, verify.Options{
 		ReadData: readData, Progress: a.ui.Sink(), Spaces: min(a.mem.Workers, runtime.GOMAXPROCS(0)),
+		Remember: int64(a.mem.Batch),
 		Bucket: func(ctx context.Context, st *snapshot.Store) (*bucket.Bucket, error) {
 			return a.openSource(ctx, nil, st)
 		},

@@ -43,7 +43,8 @@ type Budget struct {
 	Ahead int
 	// Readers is how many pieces of packs are read at once, and Windows how many lists of contents a restore works on.
 	Readers, Windows int
-	// Batch is for the files of a restore whose contents are looked up together; two are under way.
+	// Batch is for the files of a restore whose contents are looked up together; two are under way. A check may remember as much
+	// of archives.
 	Batch int
 	// Objects is for contents on their way into a bucket.
 	Objects int64

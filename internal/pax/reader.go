@@ -82,8 +82,10 @@ func (t *Reader) full(p []byte) error {
 	return nil
 }
 
-// skip discards what is left of the current entry.
-func (t *Reader) skip() error {
+// Skip passes over what is left of the current entry, as Next does, so that the next header begins with the next byte that is read.
+//
+// Errors: ErrDamaged; others are those of the underlying reader.
+func (t *Reader) Skip() error {
 	n := t.left + t.pad
 	t.left, t.pad = 0, 0
 	for n > 0 {
@@ -110,6 +112,15 @@ func (t *Reader) skip() error {
 	return nil
 }
 
+// Offset is where in the archive the next header begins, in bytes.
+func (t *Reader) Offset() int64 { return t.offset }
+
+// Global tells whether there were global records, which count for all entries that follow.
+func (t *Reader) Global() bool { return t.global != nil }
+
+// Passed tells that the underlying reader went on by n bytes, from the beginning of one header to that of another.
+func (t *Reader) Passed(n int64) { t.offset += n }
+
 // Next returns the next entry, or io.EOF after the two zero blocks that end an archive. What was not read
 // of the last entry is passed over.
 //
@@ -117,7 +128,7 @@ func (t *Reader) skip() error {
 func (t *Reader) Next() (*Header, error) {
 	var local map[string]string
 	for {
-		if err := t.skip(); err != nil {
+		if err := t.Skip(); err != nil {
 			return nil, err
 		}
 		if err := t.full(t.blk[:]); err != nil {

@@ -40,3 +40,9 @@ func (r *Reader) Read(p []byte) (int, error) {
 	r.rest = r.rest[n:]
 	return n, nil
 }
+
+// Boundary tells how many blobs were read, and whether nothing is left of the last of them.
+func (r *Reader) Boundary() (blobs int, ok bool) { return r.next, len(r.rest) == 0 }
+
+// SkipBlobs passes over the next n blobs, of which there must be as many. Nothing may be left of the one before.
+func (r *Reader) SkipBlobs(n int) { r.next += n }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"sync"
 
 	"golang.org/x/sync/errgroup"
 
@@ -17,6 +18,8 @@ import (
 // objects is a bucket with contents of snapshots.
 type objects struct {
 	b *bucket.Bucket // nil: it cannot be asked
+	// mu is held while it is asked, which is done for many objects at once.
+	mu sync.Mutex
 	// found holds what was asked for already: many snapshots name the same objects. "" is right.
 	found map[object]string
 }
@@ -78,30 +81,36 @@ func (c *checker) closeBuckets() {
 }
 
 // object notes an object that the snapshot needs, and returns its size, in bytes.
-func (p *prover) object(key string, h *pax.Header) (int64, error) {
-	size, err := strconv.ParseUint(h.Records[pax.Size], 10, 62)
+func (p *prover) object(it *item) (int64, error) {
+	ref := it.ref
+	size, err := strconv.ParseUint(ref.size, 10, 62)
 	if err != nil {
-		p.errorf("%q: record %s=%q", h.Name, pax.Size, h.Records[pax.Size])
+		p.errorf("%q: record %s=%q", it.name, pax.Size, ref.size)
 	}
 	if p.away == nil {
-		p.errorf("%q has its content in the object %q, and the manifest names no bucket for it", h.Name, key)
+		p.errorf("%q has its content in the object %q, and the manifest names no bucket for it", it.name, ref.object)
 		return int64(size), nil
 	}
-	p.asked = append(p.asked, object{key: key, version: h.Records[pax.Version], etag: h.Records[pax.ETag], size: int64(size)})
+	p.asked = append(p.asked, object{key: ref.object, version: ref.version, etag: ref.etag, size: int64(size)})
 	return int64(size), nil
 }
 
-// ask looks up the objects of the store.
+// ask looks up the objects of the archive.
 func (p *prover) ask() error {
-	if p.away == nil || p.away.b == nil {
+	if p.away == nil || p.away.b == nil || len(p.asked) == 0 {
 		return nil
 	}
+	p.away.mu.Lock()
+	defer p.away.mu.Unlock()
 	b := p.away.b
 	var todo []object
 	for _, x := range p.asked {
 		if _, ok := p.away.found[x]; !ok {
 			todo = append(todo, x)
 		}
+	}
+	if p.unasked != nil && len(todo) > 0 {
+		return nil // one of its other archives has told it
 	}
 	wrong := make([]string, len(todo))
 	g, ctx := errgroup.WithContext(p.ctx)
@@ -122,12 +131,14 @@ func (p *prover) ask() error {
 			return nil
 		})
 	}
-	p.c.o.Progress.Emit(progress.Event{Kind: progress.Update, Phase: "check", Item: "objects in " + b.String(), Done: int64(len(todo))})
+	if len(todo) > 0 {
+		p.c.o.Progress.Emit(progress.Event{Kind: progress.Update, Phase: "check", Item: "objects in " + b.String(), Done: int64(len(todo))})
+	}
 	if err := g.Wait(); err != nil {
 		if p.ctx.Err() != nil {
 			return context.Cause(p.ctx)
 		}
-		p.errorf("%v", err)
+		p.unasked = err
 		return nil
 	}
 	for i, x := range todo {

@@ -1,23 +1,17 @@
 package verify
 
 import (
-	"bufio"
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"maps"
 	"path"
-	"runtime"
 	"slices"
 	"sort"
 	"strconv"
 	"strings"
-	"sync/atomic"
 	"time"
-
-	"golang.org/x/sync/errgroup"
 
 	"github.com/holdfast-backup/holdfast/internal/ocis"
 	"github.com/holdfast-backup/holdfast/internal/pax"
@@ -25,88 +19,80 @@ import (
 	"github.com/holdfast-backup/holdfast/internal/snapshot"
 )
 
-// prover proves one store of one snapshot. The walk over the trees has told all that is wrong with them, so
-// that the prover only finds out what of the proof they take along.
+// prover proves one archive of one snapshot: a space, or what of a store belongs to none. The walk over the trees has told all
+// that is wrong with them, so that the prover only finds out what of the proof they take along.
 type prover struct {
 	c       *checker
 	ctx     context.Context
 	root    id.ID
 	st      *snapshot.Store
-	short   string
+	sp      *snapshot.Space // nil: the archive of the store
+	base    string          // folder of the store in the snapshot
 	known   map[string]bool // blobs that were missing when the snapshot was made
-	proof   *snapshot.Proof
+	gaps    id.ID           // of known and uploads
+	proof   snapshot.Proof
 	uploads map[string]int64 // bytes of what lies in uploads/
-	trees   map[string]*snapshot.Tree
-	away    *objects // where contents are that the repository does not have
-	asked   []object // those of this store
-	failed  bool
-	cut     bool // an archive could not be read to its end
+	folders folders
+	trees   map[string]*snapshot.Tree // those of folders, by path
+	away    *objects                  // where contents are that the repository does not have
+	asked   []object                  // those of this archive
+	own     []string                  // folders in which contents of the space are expected
+	outside bool                      // a content was looked for elsewhere
+	found   []string                  // what is wrong, without the name of the snapshot
+	unasked error                     // why the bucket could not be asked
+	top     string                    // folder of a space of the posix driver, in its archive
+	begun   bool                      // top is known
+	cut     bool                      // the archive could not be read to its end
 }
 
 func (p *prover) errorf(format string, args ...any) {
-	p.failed = true
-	p.c.errorf("snapshot %s: %s", p.short, fmt.Sprintf(format, args...))
+	p.found = append(p.found, fmt.Sprintf(format, args...))
 }
 
-// run returns an error only if the check ends.
-func (p *prover) run() error {
-	base := "/storage/" + p.st.Name
-	err := p.each(base+"/store.tar", func(h *pax.Header, _ io.Reader) error {
-		size, err := p.content(h)
-		if up, ok := strings.CutPrefix(h.Name, "uploads/"); ok {
-			p.uploads[up] = size
+// run proves the archive. m is what is remembered of the same archive in other snapshots, or nil. It returns an error only if the
+// check ends.
+func (p *prover) run(m *memo) error {
+	if p.sp == nil {
+		if err := p.archive(p.base+"/store.tar", m, p.upload, func(it *item, size int64) {
+			if it.kind == isUpload {
+				p.uploads[it.key] = size
+			}
+		}); err != nil {
+			return err
 		}
-		return err
-	})
+		return p.ask()
+	}
+	place := p.base + "/metadata/" + snapshot.SafeName(p.sp.ID) + ".tar"
+	prove := func() error {
+		if err := p.space(place, m); err != nil {
+			return err
+		}
+		return p.ask()
+	}
+	if m == nil {
+		return prove()
+	}
+	key, ok, err := p.key(place)
 	if err != nil {
 		return err
 	}
-	// Several spaces at a time, each by a prover of its own: what they find is added up.
-	g, ctx := errgroup.WithContext(p.ctx)
-	parts := make([]*prover, min(cmp.Or(max(p.c.o.Spaces, 0), runtime.GOMAXPROCS(0)), max(len(p.st.Spaces), 1)))
-	var next atomic.Int64
-	for k := range parts {
-		q := *p
-		q.ctx, q.proof, q.trees, q.asked, q.failed, q.cut = ctx, &snapshot.Proof{}, map[string]*snapshot.Tree{}, nil, false, false
-		parts[k] = &q
-		g.Go(func() error {
-			for {
-				i := int(next.Add(1)) - 1
-				if i >= len(p.st.Spaces) {
-					return nil
-				}
-				if err := q.space(base, &p.st.Spaces[i]); err != nil {
-					return err
-				}
-			}
-		})
+	if ok && m.key == key {
+		p.proof, p.found = m.proof, m.found
+		return nil
 	}
-	err = g.Wait()
-	for _, q := range parts {
-		p.add(q)
+	m.key = spaceKey{}
+	if err := prove(); err != nil {
+		return err
 	}
-	if p.ctx.Err() != nil {
-		return context.Cause(p.ctx)
+	if ok && !p.outside && !p.cut && p.unasked == nil {
+		m.key, m.proof, m.found = key, p.proof, p.found
 	}
-	return err
+	return nil
 }
 
-// add takes over what q found.
-func (p *prover) add(q *prover) {
-	p.proof.Nodes += q.proof.Nodes
-	p.proof.Revisions += q.proof.Revisions
-	p.proof.TrashItems += q.proof.TrashItems
-	p.proof.Blobs += q.proof.Blobs
-	p.proof.Bytes += q.proof.Bytes
-	p.proof.Verified += q.proof.Verified
-	p.proof.InFlight += q.proof.InFlight
-	p.asked = append(p.asked, q.asked...)
-	p.failed = p.failed || q.failed
-	p.cut = p.cut || q.cut
-}
-
-// each reads the tar at place entry by entry. Its errors are those of fn, and that the check was cancelled.
-func (p *prover) each(place string, fn func(h *pax.Header, r io.Reader) error) error {
+// archive reads the tar at place entry by entry: parse tells what of one counts, and take gets it with the size of its content.
+// What parse tells must depend on the archive alone, because for runs of entries that m has it is not asked. Errors end the check.
+func (p *prover) archive(place string, m *memo, parse func(h *pax.Header, r io.Reader, it *item), take func(it *item, size int64)) error {
 	fail := func(err error) error {
 		if p.ctx.Err() != nil {
 			return context.Cause(p.ctx)
@@ -128,16 +114,68 @@ func (p *prover) each(place string, fn func(h *pax.Header, r io.Reader) error) e
 		p.cut = true
 		return nil
 	}
-	tr := pax.NewReader(bufio.NewReaderSize(snapshot.NewReader(p.ctx, p.c.r, n), 64<<10))
+	use := func(it *item) error {
+		size, err := p.content(it)
+		if err == nil {
+			take(it, size)
+		}
+		return err
+	}
+	r := snapshot.NewReader(p.ctx, p.c.r, n)
+	tr := pax.NewReader(r)
+	m.begin(p.st)
+	var s *segment // what is read now, if it is to be remembered
 	for {
+		if err := tr.Skip(); err != nil {
+			return fail(err)
+		}
+		// Between two entries and between two blobs alike nothing that follows depends on what was before, but for global records.
+		if at, ok := r.Boundary(); ok && m != nil {
+			if tr.Global() {
+				m, s = nil, nil
+				continue
+			}
+			m.keep(s, n.Content[:at], tr.Offset())
+			if s = m.find(n.Content[at:], at == 0); s != nil {
+				if s.first == 0 {
+					p.top, p.begun = m.root, true
+				}
+				for i := range s.items {
+					if err := use(&s.items[i]); err != nil {
+						return err
+					}
+				}
+				r.SkipBlobs(len(s.blobs))
+				tr.Passed(s.bytes)
+				if s.end {
+					return nil
+				}
+				s = nil
+				continue
+			}
+			s = &segment{first: at, offset: tr.Offset()}
+		}
 		h, err := tr.Next()
 		if errors.Is(err, io.EOF) {
+			if s != nil && !tr.Global() {
+				s.end = true
+				at, _ := r.Boundary()
+				m.keep(s, n.Content[:at], tr.Offset())
+			}
 			return nil
 		}
 		if err != nil {
 			return fail(err)
 		}
-		if err := fn(h, tr); err != nil {
+		it := item{name: h.Name, typ: h.Type, link: h.Link, size: h.Size}
+		it.reference(h)
+		if parse(h, tr, &it); it.kind == 0 && it.ref == nil {
+			continue
+		}
+		if s != nil && !m.add(s, &it) {
+			s = nil
+		}
+		if err := use(&it); err != nil {
 			return err
 		}
 	}
@@ -145,36 +183,47 @@ func (p *prover) each(place string, fn func(h *pax.Header, r io.Reader) error) e
 
 // content checks that the file that holds the content of an entry is there with the right size, and returns
 // that size, in bytes.
-func (p *prover) content(h *pax.Header) (int64, error) {
-	place, ok := h.Records[pax.Content]
-	size := h.Size
-	if key := h.Records[pax.Object]; key != "" && !ok {
-		return p.object(key, h)
+func (p *prover) content(it *item) (int64, error) {
+	size, ref := it.size, it.ref
+	if ref == nil {
+		return size, nil
 	}
-	if ok {
+	if ref.object != "" && !ref.inFile {
+		return p.object(it)
+	}
+	if ref.inFile {
+		place := ref.place
+		if !p.expected(place) {
+			p.outside = true
+		}
 		n, err := p.lookup(place)
 		if err != nil && !errors.Is(err, errTold) {
 			return 0, err
 		}
 		var bad error
-		size, bad = strconv.ParseInt(h.Records[pax.Size], 10, 64)
+		size, bad = strconv.ParseInt(ref.size, 10, 64)
 		switch {
 		case err != nil, n != nil && !p.c.whole(n):
 		case n == nil:
-			p.errorf("%q has its content in %q, which is not there", h.Name, place)
+			p.errorf("%q has its content in %q, which is not there", it.name, place)
 		case bad != nil || size != int64(n.Size):
-			p.errorf("%q has %q bytes, but %q holds %d", h.Name, h.Records[pax.Size], place, n.Size)
+			p.errorf("%q has %q bytes, but %q holds %d", it.name, ref.size, place, n.Size)
 			size = int64(n.Size) // one finding is enough
 		}
 	}
-	if _, err := pax.ParseHoles(h.Records[pax.Holes], size); err != nil && h.Type == '0' {
-		p.errorf("%q: %v", h.Name, err)
+	if it.typ == '0' {
+		if _, err := pax.ParseHoles(ref.holes, size); err != nil {
+			p.errorf("%q: %v", it.name, err)
+		}
 	}
 	return size, nil
 }
 
-// treeCache bounds the folders that a prover keeps decoded.
+// treeCache bounds the folders that are kept decoded for the provers that work one after the other.
 const treeCache = 4096
+
+// folders are decoded folders. Archives of one space in several snapshots, and spaces of one snapshot, have most of them in common.
+type folders map[id.ID]*snapshot.Tree
 
 // errTold is returned for what cannot be reached because of damage that the walk over the trees has told.
 var errTold = errors.New("a folder on the way to it is damaged")
@@ -210,30 +259,41 @@ func (p *prover) folder(dir string) (*snapshot.Tree, error) {
 	if t, ok := p.trees[dir]; ok {
 		return t, nil
 	}
-	d := p.root
-	if dir != "/" {
-		up, err := p.folder(path.Dir(dir))
-		if err != nil || up == nil {
-			return nil, err
-		}
-		n := up.Find(path.Base(dir))
-		if n == nil || n.Type != snapshot.Dir {
-			return nil, nil
-		}
-		d = n.Subtree
+	d, ok, err := p.subtree(dir)
+	if err != nil || !ok {
+		return nil, err
 	}
-	t, err := snapshot.LoadTree(p.ctx, p.c.r, d)
-	if err != nil {
-		if p.ctx.Err() != nil {
-			return nil, context.Cause(p.ctx)
+	t := p.folders[d]
+	if t == nil {
+		if t, err = snapshot.LoadTree(p.ctx, p.c.r, d); err != nil {
+			if p.ctx.Err() != nil {
+				return nil, context.Cause(p.ctx)
+			}
+			return nil, errTold
 		}
-		return nil, errTold
 	}
-	if len(p.trees) > treeCache {
+	if len(p.trees) > treeCache || len(p.folders) > treeCache {
 		clear(p.trees)
+		clear(p.folders)
 	}
-	p.trees[dir] = t
+	p.trees[dir], p.folders[d] = t, t
 	return t, nil
+}
+
+// subtree finds the id of a folder, and tells whether there is one. Errors are those of lookup.
+func (p *prover) subtree(dir string) (id.ID, bool, error) {
+	if dir == "/" {
+		return p.root, true, nil
+	}
+	up, err := p.folder(path.Dir(dir))
+	if err != nil || up == nil {
+		return id.ID{}, false, err
+	}
+	n := up.Find(path.Base(dir))
+	if n == nil || n.Type != snapshot.Dir {
+		return id.ID{}, false, nil
+	}
+	return n.Subtree, true, nil
 }
 
 // metaLimit bounds a metadata file that is read as one, in bytes; capture reads as much.
@@ -254,74 +314,89 @@ type spaceProof struct {
 	sizes map[string]int64 // the same by the names of the files, for hard links to them
 }
 
-// space proves one space from its tar.
-func (p *prover) space(base string, sp *snapshot.Space) error {
-	s := &spaceProof{metas: map[string]need{}, nodes: map[string]bool{}, have: map[string]int64{}, sizes: map[string]int64{}}
-	root, first := "", true
-	err := p.each(base+"/metadata/"+snapshot.SafeName(sp.ID)+".tar", func(h *pax.Header, r io.Reader) error {
-		size, err := p.content(h)
-		if err != nil {
-			return err
-		}
-		if first { // parents come before what is in them
-			root, first = strings.TrimSuffix(h.Name, "/"), false
-		}
-		if p.st.Layout == string(ocis.Posix) {
-			p.posixEntry(h, strings.Trim(strings.TrimPrefix(h.Name, root), "/"), size)
-			return nil
-		}
-		return p.entry(s, h, r, size)
-	})
-	if p.st.Layout != string(ocis.Posix) {
-		// Of an archive that is cut off no blob is missed: blobs come before the nodes that need them.
-		p.compare(sp, s)
+// space proves a space from its tar.
+func (p *prover) space(place string, m *memo) error {
+	if p.st.Layout == string(ocis.Posix) {
+		return p.archive(place, m, func(h *pax.Header, _ io.Reader, it *item) {
+			if !p.begun { // parents come before what is in them
+				p.top, p.begun = strings.TrimSuffix(h.Name, "/"), true
+				m.rooted(p.top)
+			}
+			p.posixEntry(h, strings.Trim(strings.TrimPrefix(h.Name, p.top), "/"), it)
+		}, p.takePosix)
 	}
+	s := &spaceProof{metas: map[string]need{}, nodes: map[string]bool{}, have: map[string]int64{}, sizes: map[string]int64{}}
+	err := p.archive(place, m, p.entry, s.take)
+	// Of an archive that is cut off no blob is missed: blobs come before the nodes that need them.
+	p.compare(s)
 	return err
 }
 
-// entry takes one entry of a decomposed store: spaces/xx/rest/nodes/aa/bb/cc/dd/name, or the same below
+// upload looks at one entry of what of a store belongs to no space.
+func (p *prover) upload(h *pax.Header, _ io.Reader, it *item) {
+	if up, ok := strings.CutPrefix(h.Name, "uploads/"); ok {
+		it.kind, it.key = isUpload, up
+	}
+}
+
+// entry looks at one entry of a decomposed store: spaces/xx/rest/nodes/aa/bb/cc/dd/name, or the same below
 // blobs.
-func (p *prover) entry(s *spaceProof, h *pax.Header, r io.Reader, size int64) error {
+func (p *prover) entry(h *pax.Header, r io.Reader, it *item) {
+	if strings.Count(h.Name, "/") < 8 {
+		return
+	}
 	parts := strings.Split(strings.TrimSuffix(h.Name, "/"), "/")
 	if len(parts) != 9 {
-		return nil
+		return
 	}
-	key := strings.Join(parts[4:], "")
 	switch parts[3] {
 	case "blobs":
-		switch h.Type {
-		case '0':
-			s.have[key], s.sizes[h.Name] = size, size
-		case '1':
-			if size, ok := s.sizes[h.Link]; ok {
-				s.have[key] = size
-			}
+		if h.Type == '0' || h.Type == '1' {
+			it.kind, it.key = isBlob, strings.Join(parts[4:], "")
 		}
 	case "nodes":
 		switch kind, _, _ := ocis.ClassifyNodeName(parts[8]); {
 		case kind.IsMeta():
 			data, err := io.ReadAll(io.LimitReader(r, metaLimit))
 			if err != nil {
-				return nil //nolint:nilerr // the archive is cut off: the next header tells it
+				return // the archive is cut off: the next header tells it
 			}
 			// An empty id counts as well: attributes left from oCIS 2 are void then.
 			if m, err := ocis.ParseNode(p.st.Prefix, data); tolerable(err) {
-				s.metas[strings.TrimSuffix(key, ".mpk")] = need{m.BlobSize, m.BlobID}
+				it.kind, it.key, it.need = isMeta, strings.TrimSuffix(strings.Join(parts[4:], ""), ".mpk"), need{m.BlobSize, m.BlobID}
 			}
 		case kind == ocis.NameNode, kind == ocis.NameRevision, kind == ocis.NameTrashed:
 			if h.Type != '5' && h.Type != '1' && (h.Type != '0' || h.Records[pax.Type] != "") {
-				return nil // capture takes none but directories and regular files for nodes
+				return // capture takes none but directories and regular files for nodes
 			}
-			s.nodes[key] = true
-			// Before oCIS 3 metadata lay in attributes. Those are void beside a file.
-			if m, ok := p.attrs(h); ok && m.BlobID != "" {
-				if _, ok := s.metas[key]; !ok {
-					s.metas[key] = need{m.BlobSize, m.BlobID}
-				}
+			it.kind, it.key = isNode, strings.Join(parts[4:], "")
+			if m, ok := p.attrs(h); ok {
+				it.need = need{m.BlobSize, m.BlobID}
 			}
 		}
 	}
-	return nil
+}
+
+// take enters what entry found.
+func (s *spaceProof) take(it *item, size int64) {
+	switch it.kind {
+	case isBlob:
+		if it.typ == '0' {
+			s.have[it.key], s.sizes[it.name] = size, size
+		} else if size, ok := s.sizes[it.link]; ok {
+			s.have[it.key] = size
+		}
+	case isMeta:
+		s.metas[it.key] = it.need
+	case isNode:
+		s.nodes[it.key] = true
+		// Before oCIS 3 metadata lay in attributes. Those are void beside a file.
+		if it.need.blob != "" {
+			if _, ok := s.metas[it.key]; !ok {
+				s.metas[it.key] = it.need
+			}
+		}
+	}
 }
 
 // tolerable tells that metadata could be read, apart from single values that make no sense.
@@ -331,7 +406,8 @@ func tolerable(err error) bool {
 }
 
 // compare demands each blob that metadata refers to.
-func (p *prover) compare(sp *snapshot.Space, s *spaceProof) {
+func (p *prover) compare(s *spaceProof) {
+	sp := p.sp
 	for key := range s.nodes {
 		if !strings.Contains(key, ".REV.") {
 			p.proof.Nodes++
@@ -396,32 +472,44 @@ func posixKind(rel string) byte {
 	return 'f'
 }
 
-// posixEntry compares a file of the posix driver with its own attributes, as capture does.
-func (p *prover) posixEntry(h *pax.Header, rel string, size int64) {
+// posixEntry looks at one entry of the posix driver.
+func (p *prover) posixEntry(h *pax.Header, rel string, it *item) {
 	kind := posixKind(rel)
 	if kind == 0 || h.Type != '0' && h.Type != '1' && h.Type != '5' || h.Records[pax.Type] != "" {
 		return
 	}
+	it.kind = isFile
+	if kind == 'v' {
+		it.kind = isVersion
+	}
+	if m, ok := p.attrs(h); ok && h.Type == '0' {
+		it.need = need{m.BlobSize, m.BlobID}
+		it.processing = strings.HasPrefix(m.NodeStatus, "processing:")
+		it.changed = !m.MTime.IsZero() && !m.MTime.Equal(time.Unix(h.Sec, h.Nsec))
+	}
+}
+
+// takePosix compares a file of the posix driver with its own attributes, as capture does.
+func (p *prover) takePosix(it *item, size int64) {
 	switch {
-	case kind != 'v':
+	case it.kind == isFile:
 		p.proof.Nodes++
-	case h.Type != '5':
+	case it.kind == isVersion && it.typ != '5':
 		p.proof.Revisions++
 	}
-	m, ok := p.attrs(h)
-	if !ok || m.BlobID == "" || h.Type != '0' {
+	if it.need.blob == "" {
 		return
 	}
 	p.proof.Blobs++
 	p.proof.Bytes += size
-	up, inFlight := p.uploads[m.BlobID]
+	up, inFlight := p.uploads[it.need.blob]
 	switch {
-	case p.known[m.BlobID]:
-	case strings.HasPrefix(m.NodeStatus, "processing:") && inFlight && up == m.BlobSize:
+	case p.known[it.need.blob]:
+	case it.processing && inFlight && up == it.need.size:
 		p.proof.InFlight++
-	case !m.MTime.IsZero() && !m.MTime.Equal(time.Unix(h.Sec, h.Nsec)): // changed behind the server's back
-	case size != m.BlobSize:
-		p.errorf("%q has %d bytes, its metadata says %d", h.Name, size, m.BlobSize)
+	case it.changed: // behind the server's back
+	case size != it.need.size:
+		p.errorf("%q has %d bytes, its metadata says %d", it.name, size, it.need.size)
 	}
 }
 

@@ -11,7 +11,6 @@ import (
 	"sync"
 
 	"github.com/holdfast-backup/holdfast/internal/bucket"
-	"github.com/holdfast-backup/holdfast/internal/ocis"
 	"github.com/holdfast-backup/holdfast/internal/progress"
 	"github.com/holdfast-backup/holdfast/internal/repo"
 	"github.com/holdfast-backup/holdfast/internal/repo/id"
@@ -27,7 +26,10 @@ type Options struct {
 	Bucket func(ctx context.Context, st *snapshot.Store) (*bucket.Bucket, error)
 	// Spaces is how many spaces are proven at a time, each with folders and a part of its archive in memory; 0: one for
 	// each processor.
-	Spaces   int
+	Spaces int
+	// Remember bounds the memory for parts of archives that several snapshots have in common, in bytes; 0: 16 MiB. What is not
+	// remembered is read again for each.
+	Remember int64
 	Progress progress.Sink
 }
 
@@ -138,69 +140,15 @@ func Run(ctx context.Context, r *repo.Repository, o Options) (*Report, error) {
 			return nil, err
 		}
 	}
-	for _, s := range snapshot.Own(list) {
-		v := Snapshot{ID: s.ID()}
-		if s.Tree != nil {
-			phase(progress.Update, "proof of "+s.ID().Short())
-			if err := c.prove(ctx, s, &v); err != nil {
-				return nil, err
-			}
+	for own := snapshot.Own(list); len(own) > 0; {
+		n, err := c.proveSome(ctx, own)
+		if err != nil {
+			return nil, err
 		}
-		c.rep.Snapshots = append(c.rep.Snapshots, v)
+		own = own[n:]
 	}
 	phase(progress.Finish, "")
 	sort.Strings(c.rep.Errors)
 	sort.Strings(c.rep.Hints)
 	return c.rep, nil
-}
-
-// prove repeats the proof of a snapshot with what the repository holds.
-func (c *checker) prove(ctx context.Context, s *snapshot.Snapshot, v *Snapshot) error {
-	short := s.ID().Short()
-	switch n, err := snapshot.Lookup(ctx, c.r, *s.Tree, snapshot.ManifestPath); {
-	case ctx.Err() != nil:
-		return context.Cause(ctx)
-	case err != nil && !errors.Is(err, snapshot.ErrNoSuchPath), err == nil && n.Type == snapshot.File && !c.whole(n):
-		return nil // the walk over the trees has told it
-	}
-	m, err := snapshot.LoadManifest(ctx, c.r, *s.Tree)
-	if err != nil {
-		if ctx.Err() != nil {
-			return context.Cause(ctx)
-		}
-		c.errorf("snapshot %s: %v", short, err)
-		return nil
-	}
-	v.Complete = m.Proof.Complete && !c.trees[*s.Tree]
-	v.Proof.Missing, v.Proof.Unreadable, v.Proof.NotCaptured = m.Proof.Missing, m.Proof.Unreadable, m.Proof.NotCaptured
-	known := map[string]bool{}
-	for _, x := range m.Proof.Missing {
-		known[x.BlobID] = true
-	}
-	counted := true // all that the manifest counts can be counted again
-	for i := range m.Stores {
-		st := &m.Stores[i]
-		away, err := c.objectsOf(ctx, st)
-		if err != nil {
-			return err
-		}
-		p := &prover{c: c, away: away, ctx: ctx, root: *s.Tree, st: st, short: short, known: known, proof: &v.Proof, trees: map[string]*snapshot.Tree{}, uploads: map[string]int64{}}
-		if err := p.run(); err != nil {
-			return err
-		}
-		if err := p.ask(); err != nil {
-			return err
-		}
-		if p.failed {
-			v.Complete = false
-		}
-		if p.cut || st.Layout == string(ocis.Posix) { // hard links count there, and their attributes stand once
-			counted = false
-		}
-	}
-	if counted && v.Proof.Blobs < m.Proof.Blobs {
-		c.errorf("snapshot %s: its record speaks of %d blobs, its metadata of %d", short, m.Proof.Blobs, v.Proof.Blobs)
-		v.Complete = false
-	}
-	return nil
 }

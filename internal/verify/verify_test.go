@@ -47,14 +47,16 @@ const (
 	incomplete = false
 )
 
-// alterations are snapshots that differ from a good one in one way, and what must be found: that and
-// nothing else.
-var alterations = []struct {
+type alteration struct {
 	name     string
 	alter    func(e *edit)
 	complete bool
 	want     []string // each is in one of the errors, and there are no others
-}{
+}
+
+// alterations are snapshots that differ from a good one in one way, and what must be found: that and
+// nothing else.
+var alterations = []alteration{
 	{"nothing", func(*edit) {}, complete, nil},
 
 	// the archives
@@ -378,60 +380,60 @@ func TestGoodSnapshot(t *testing.T) {
 	}
 }
 
+var (
+	posixSize = pax.Xattr + "user.oc.blobsize"
+	posixFile = func(e *edit, change func(it *paxtest.Item) bool) { e.entry(spaceTar, "/folder/file.txt", change) }
+)
+
+// posixAlterations are the same for a space of the posix driver.
+var posixAlterations = []alteration{
+	{"metadata says another size", func(e *edit) { posixFile(e, set(posixSize, "13")) }, incomplete,
+		[]string{`folder/file.txt" has 12 bytes, its metadata says 13`}},
+	{"trashed file of another size", func(e *edit) { e.entry(spaceTar, ".trashitem", set(posixSize, "13")) }, incomplete,
+		[]string{`.trashitem" has 7 bytes, its metadata says 13`}},
+	{"version of another size", func(e *edit) { e.entry(spaceTar, ".REV.2025-01-01T00:00:00Z", set(posixSize, "13")) }, incomplete,
+		[]string{`.REV.2025-01-01T00:00:00Z" has 3 bytes, its metadata says 13`}},
+	{"changed behind the server's back", func(e *edit) {
+		posixFile(e, func(it *paxtest.Item) bool { it.Sec++; it.Rec[posixSize] = "13"; return true })
+	}, complete, nil},
+	{"in flight", func(e *edit) {
+		posixFile(e, func(it *paxtest.Item) bool {
+			it.Rec[posixSize], it.Rec[pax.Xattr+"user.oc.nodestatus"] = "6", "processing:x"
+			return true
+		})
+		e.tar(storeTar, func(items []paxtest.Item) []paxtest.Item {
+			return append(items, paxtest.Item{Type: '0', Name: "uploads/" + blobID, Data: []byte("upload")})
+		})
+	}, complete, nil},
+	{"in flight without its upload", func(e *edit) {
+		posixFile(e, func(it *paxtest.Item) bool {
+			it.Rec[posixSize], it.Rec[pax.Xattr+"user.oc.nodestatus"] = "6", "processing:x"
+			return true
+		})
+	}, incomplete, []string{`folder/file.txt" has 12 bytes, its metadata says 6`}},
+	{"in flight with another upload", func(e *edit) {
+		posixFile(e, func(it *paxtest.Item) bool {
+			it.Rec[posixSize], it.Rec[pax.Xattr+"user.oc.nodestatus"] = "6", "processing:x"
+			return true
+		})
+		e.tar(storeTar, func(items []paxtest.Item) []paxtest.Item {
+			return append(items, paxtest.Item{Type: '0', Name: "uploads/" + blobID, Data: []byte("up")})
+		})
+	}, incomplete, []string{`folder/file.txt" has 12 bytes, its metadata says 6`}},
+	{"second name of a file", func(e *edit) {
+		e.tar(spaceTar, func(items []paxtest.Item) []paxtest.Item {
+			i := slices.IndexFunc(items, func(it paxtest.Item) bool { return strings.HasSuffix(it.Name, "/folder/odd.txt") })
+			items[i].Type, items[i].Link, items[i].Rec = '1', items[i-1].Name, nil
+			return items
+		})
+	}, complete, nil},
+	{"known", func(e *edit) { posixFile(e, set(posixSize, "13")); e.setManifest(known(blobID)) }, incomplete, nil},
+	{"content nowhere", func(e *edit) { posixFile(e, set(pax.Content, "/storage/none")) }, incomplete, []string{"which is not there"}},
+	{"wrong size", func(e *edit) { posixFile(e, set(pax.Size, "13")) }, incomplete, []string{`has "13" bytes, but`}},
+}
+
 func TestPosix(t *testing.T) {
-	const tar = spaceTar
-	file := func(e *edit, change func(it *paxtest.Item) bool) { e.entry(tar, "/folder/file.txt", change) }
-	size := pax.Xattr + "user.oc.blobsize"
-	for _, c := range []struct {
-		name     string
-		alter    func(e *edit)
-		complete bool
-		want     []string
-	}{
-		{"metadata says another size", func(e *edit) { file(e, set(size, "13")) }, incomplete,
-			[]string{`folder/file.txt" has 12 bytes, its metadata says 13`}},
-		{"trashed file of another size", func(e *edit) { e.entry(tar, ".trashitem", set(size, "13")) }, incomplete,
-			[]string{`.trashitem" has 7 bytes, its metadata says 13`}},
-		{"version of another size", func(e *edit) { e.entry(tar, ".REV.2025-01-01T00:00:00Z", set(size, "13")) }, incomplete,
-			[]string{`.REV.2025-01-01T00:00:00Z" has 3 bytes, its metadata says 13`}},
-		{"changed behind the server's back", func(e *edit) {
-			file(e, func(it *paxtest.Item) bool { it.Sec++; it.Rec[size] = "13"; return true })
-		}, complete, nil},
-		{"in flight", func(e *edit) {
-			file(e, func(it *paxtest.Item) bool {
-				it.Rec[size], it.Rec[pax.Xattr+"user.oc.nodestatus"] = "6", "processing:x"
-				return true
-			})
-			e.tar(storeTar, func(items []paxtest.Item) []paxtest.Item {
-				return append(items, paxtest.Item{Type: '0', Name: "uploads/" + blobID, Data: []byte("upload")})
-			})
-		}, complete, nil},
-		{"in flight without its upload", func(e *edit) {
-			file(e, func(it *paxtest.Item) bool {
-				it.Rec[size], it.Rec[pax.Xattr+"user.oc.nodestatus"] = "6", "processing:x"
-				return true
-			})
-		}, incomplete, []string{`folder/file.txt" has 12 bytes, its metadata says 6`}},
-		{"in flight with another upload", func(e *edit) {
-			file(e, func(it *paxtest.Item) bool {
-				it.Rec[size], it.Rec[pax.Xattr+"user.oc.nodestatus"] = "6", "processing:x"
-				return true
-			})
-			e.tar(storeTar, func(items []paxtest.Item) []paxtest.Item {
-				return append(items, paxtest.Item{Type: '0', Name: "uploads/" + blobID, Data: []byte("up")})
-			})
-		}, incomplete, []string{`folder/file.txt" has 12 bytes, its metadata says 6`}},
-		{"second name of a file", func(e *edit) {
-			e.tar(tar, func(items []paxtest.Item) []paxtest.Item {
-				i := slices.IndexFunc(items, func(it paxtest.Item) bool { return strings.HasSuffix(it.Name, "/folder/odd.txt") })
-				items[i].Type, items[i].Link, items[i].Rec = '1', items[i-1].Name, nil
-				return items
-			})
-		}, complete, nil},
-		{"known", func(e *edit) { file(e, set(size, "13")); e.setManifest(known(blobID)) }, incomplete, nil},
-		{"content nowhere", func(e *edit) { file(e, set(pax.Content, "/storage/none")) }, incomplete, []string{"which is not there"}},
-		{"wrong size", func(e *edit) { file(e, set(pax.Size, "13")) }, incomplete, []string{`has "13" bytes, but`}},
-	} {
+	for _, c := range posixAlterations {
 		t.Run(c.name, func(t *testing.T) {
 			e := open(t, posixBase())
 			c.alter(e)
