@@ -57,7 +57,8 @@ type Options struct {
 	// PackSize is the size in bytes at which packs are closed. Zero: 16 MiB, as restic. It is brought
 	// into the range of 1 MiB to 1 GiB.
 	PackSize int64
-	// PackBuffers is how many packs of a Writer are filled, hashed or under way at a time, at least 2; zero: 5.
+	// PackBuffers is how many packs of a Writer are filled, hashed or under way at a time, at least 2; zero: 6.
+	// With 6 and more a full pack waits for the next, because two take less time to hash together.
 	PackBuffers int
 	// Readers is how many pieces of files are read at once, each of up to 4 MiB or one blob, with the blob that becomes
 	// of it. Zero: one for each processor, 4 to 16.

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"strings"
 	"sync"
@@ -485,11 +486,65 @@ func TestAmbiguousPrefix(t *testing.T) {
 	}
 }
 
+// TestPairsOfPacks: a pack waits for the next, and is stored without one by Flush.
+func TestPairsOfPacks(t *testing.T) {
+	be := mem.New()
+	r := initRepo(t, be, InitOptions{Options: Options{PackSize: 1 << 20, PackBuffers: pairBuffers}})
+	w := r.NewWriter(t.Context())
+	packs := func(want int) {
+		t.Helper()
+		w.wait()
+		n := 0
+		for _, h := range list(t, be) {
+			if h.Type != backend.PackFile {
+				continue
+			}
+			n++
+			if err := be.Load(t.Context(), h, 0, 0, func(rd io.Reader) error {
+				p, err := io.ReadAll(rd)
+				if id.Hash(p).String() != h.Name {
+					t.Errorf("the name of pack %s is not its checksum", h.Name)
+				}
+				return err
+			}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if n != want {
+			t.Errorf("%d packs are stored, not %d", n, want)
+		}
+	}
+	var blobs []ID
+	for i, want := range []int{0, 2, 2, 4, 4} {
+		b, _ := save(t, w, DataBlob, noise(byte(i), 1<<20))
+		blobs = append(blobs, b)
+		packs(want)
+	}
+	small, _ := save(t, w, DataBlob, noise(99, 1000))
+	blobs = append(blobs, small)
+	if err := w.Flush(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	packs(6)
+	r2 := openRepo(t, be)
+	for _, b := range blobs {
+		if _, err := r2.LoadBlob(t.Context(), DataBlob, b, nil); err != nil {
+			t.Error(err)
+		}
+	}
+	save(t, w, DataBlob, noise(100, 1<<20)) // alone
+	packs(6)
+	if err := w.Flush(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	packs(7)
+}
+
 // An index file is written in the middle of a backup, and only of durable packs.
 func TestIndexDuringBackup(t *testing.T) {
 	ctx := context.Background()
 	be := mem.New()
-	r := initRepo(t, be, InitOptions{Options: Options{PackSize: 1 << 20}})
+	r := initRepo(t, be, InitOptions{Options: Options{PackSize: 1 << 20, PackBuffers: pairBuffers - 1}}) // no pack waits for another
 	now := time.Unix(1_800_000_000, 0)
 	r.clock.now = func() time.Time { return now }
 	w := r.NewWriter(ctx)

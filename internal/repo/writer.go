@@ -12,14 +12,18 @@ import (
 	"github.com/holdfast-backup/holdfast/internal/repo/id"
 	"github.com/holdfast-backup/holdfast/internal/repo/index"
 	"github.com/holdfast-backup/holdfast/internal/repo/pack"
+	"github.com/holdfast-backup/holdfast/internal/repo/sums"
 )
 
 const (
 	// defaultPackBuffers is how many pack buffers a Writer has: one being filled for each type of blob,
-	// and three being hashed and uploaded, which keeps a disk busy during its syncs. With packs of
-	// 16 MiB that bounds a Writer at 80 MiB; each goroutine in Save adds a chunk and its
+	// one that waits to be hashed with the next, and three being hashed and uploaded, which keeps a disk busy during its syncs. With packs of
+	// 16 MiB that bounds a Writer at 96 MiB; each goroutine in Save adds a chunk and its
 	// compressed and sealed forms (some MiB), and each blob in an open pack about 100 bytes.
-	defaultPackBuffers = 5
+	defaultPackBuffers = 6
+	// pairBuffers is from how many buffers on a pack waits for another: two packs are hashed in two thirds of the time that they take one
+	// after the other. With fewer too little would be under way.
+	pairBuffers = 6
 	// maxPackBlobs keeps a pack's header (41 bytes a blob) well below the 16 MiB that readers take.
 	maxPackBlobs = 200_000
 	// maxBlob keeps every offset and length below 4 GiB, the limit of the format, in bytes.
@@ -56,6 +60,7 @@ type Writer struct {
 	inFlight map[blobKey]struct{} // guarded by mu: saved by this Writer, not yet in the index
 	uploads  int                  // guarded by mu
 	changed  chan struct{}        // guarded by mu: closed and renewed when an upload ends
+	waiting  *pack.Writer         // guarded by mu: a full pack that is stored together with the next
 	err      error                // guarded by mu
 	stats    WriterStats          // guarded by mu
 }
@@ -226,46 +231,86 @@ func (p *packer) lock(ctx, ctx2 context.Context) error {
 
 func (p *packer) unlock() { <-p.sem }
 
-// upload takes the open pack and stores it in the background. The number of buffers bounds how many
-// do so at a time.
+// upload takes the open pack and stores it in the background, perhaps together with the next. The number of buffers bounds how many
+// are stored at a time.
 func (w *Writer) upload(p *packer) {
-	pw := p.w
+	packs := []*pack.Writer{p.w}
 	p.w = nil
 	w.mu.Lock()
-	w.uploads++
+	switch {
+	case w.waiting != nil:
+		packs = append(packs, w.waiting)
+		w.waiting = nil
+	case cap(w.free) >= pairBuffers:
+		w.waiting, packs = packs[0], nil
+	}
+	w.uploads += len(packs)
 	w.mu.Unlock()
-	go func() {
-		file, blobs := pw.Finish(w.r.key)
-		name := id.Hash(file)
-		err := w.failed()
-		if err == nil {
-			err = w.r.be.Save(hint(w.ctx, blobs[0].Type), backend.Handle{Type: backend.PackFile, Name: name.String()}, file)
-		}
-		if cap(file) > int(w.r.opts.PackSize)+1<<20 {
-			file = nil // outgrown by a giant blob
-		}
-		w.free <- file[:0:cap(file)]
-		if err != nil {
-			w.fail(fmt.Errorf("store a pack of %d blobs at %s: %w", len(blobs), w.r.be.Location(), err))
-		} else {
-			full := w.r.addPack(name, blobs)
-			w.mu.Lock()
-			for _, e := range blobs {
-				delete(w.inFlight, blobKey{e.Type, e.ID})
-			}
-			w.mu.Unlock()
-			if full {
-				if err := w.r.saveIndex(w.ctx, false); err != nil {
-					w.fail(err)
-				}
-			}
-		}
+	w.store(packs)
+}
+
+// release stores the pack that waits for another.
+func (w *Writer) release() {
+	w.mu.Lock()
+	var packs []*pack.Writer
+	if w.waiting != nil {
+		packs = append(packs, w.waiting)
+		w.waiting = nil
+		w.uploads++
+	}
+	w.mu.Unlock()
+	w.store(packs)
+}
+
+// store stores two packs at most in the background. They count as uploads already.
+func (w *Writer) store(packs []*pack.Writer) {
+	switch len(packs) {
+	case 1:
+		go func() {
+			file, blobs := packs[0].Finish(w.r.key)
+			w.storeFile(id.Hash(file), file, blobs)
+		}()
+	case 2:
+		go func() {
+			a, blobsA := packs[0].Finish(w.r.key)
+			b, blobsB := packs[1].Finish(w.r.key)
+			nameA, nameB := sums.Pair(a, b)
+			go w.storeFile(nameA, a, blobsA)
+			w.storeFile(nameB, b, blobsB)
+		}()
+	}
+}
+
+// storeFile stores a pack under its name, enters it in the index, and gives its buffer back.
+func (w *Writer) storeFile(name ID, file []byte, blobs []pack.Entry) {
+	err := w.failed()
+	if err == nil {
+		err = w.r.be.Save(hint(w.ctx, blobs[0].Type), backend.Handle{Type: backend.PackFile, Name: name.String()}, file)
+	}
+	if cap(file) > int(w.r.opts.PackSize)+1<<20 {
+		file = nil // outgrown by a giant blob
+	}
+	w.free <- file[:0:cap(file)]
+	if err != nil {
+		w.fail(fmt.Errorf("store a pack of %d blobs at %s: %w", len(blobs), w.r.be.Location(), err))
+	} else {
+		full := w.r.addPack(name, blobs)
 		w.mu.Lock()
-		w.uploads--
-		close(w.changed)
-		w.changed = make(chan struct{})
+		for _, e := range blobs {
+			delete(w.inFlight, blobKey{e.Type, e.ID})
+		}
 		w.mu.Unlock()
-	}()
+		if full {
+			if err := w.r.saveIndex(w.ctx, false); err != nil {
+				w.fail(err)
+			}
+		}
+	}
+	w.mu.Lock()
+	w.uploads--
+	close(w.changed)
+	w.changed = make(chan struct{})
+	w.mu.Unlock()
 }
 
 // Flush returns once everything that was saved before is durable: first the packs, then the index
@@ -281,6 +326,7 @@ func (w *Writer) Flush(ctx context.Context) error {
 		}
 		p.unlock()
 	}
+	w.release()
 	for {
 		w.mu.Lock()
 		left, changed := w.uploads, w.changed

@@ -28,6 +28,21 @@ var (
 //go:noescape
 func both(h256 *[8]uint32, h1 *[5]uint32, p256, p1 *byte, blocks int)
 
+// two adds blocks at pa to ha and as many at pb to hb. There must be one at least.
+//
+//go:noescape
+func two(ha, hb *[8]uint32, pa, pb *byte, blocks int)
+
+// pair is Pair with the instructions.
+func pair(a, b []byte) (sumA, sumB [sha256.Size]byte) {
+	ha, hb := start256, start256
+	n := min(len(a), len(b)) / block
+	for i := 0; i < n; i += step {
+		two(&ha, &hb, &a[i*block], &b[i*block], min(step, n-i))
+	}
+	return finish256(&ha, a[n*block:], len(a)), finish256(&hb, b[n*block:], len(b))
+}
+
 func (s *SHA1) sum256(p []byte) [sha256.Size]byte {
 	h := start256
 	rest := p // of what goes into the SHA-1

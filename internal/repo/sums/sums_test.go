@@ -4,6 +4,7 @@ import (
 	"crypto/sha1"
 	"crypto/sha256"
 	"math/rand/v2"
+	"slices"
 	"testing"
 )
 
@@ -63,6 +64,26 @@ func TestPiecesOfAnySize(t *testing.T) {
 	})
 }
 
+func TestPair(t *testing.T) {
+	p := random(1 << 20)
+	check := func(a, b []byte) {
+		t.Helper()
+		if x, y := Pair(a, b); x != sha256.Sum256(a) || y != sha256.Sum256(b) {
+			t.Fatalf("SHA-256 of %d and %d bytes", len(a), len(b))
+		}
+	}
+	for n := range 200 {
+		for m := range 200 {
+			check(p[:n], p[1000:1000+m])
+		}
+	}
+	r := rand.New(rand.NewPCG(1, 2))
+	for range 50 {
+		i, j := r.IntN(len(p)), r.IntN(len(p))
+		check(p[i:], p[j:])
+	}
+}
+
 func FuzzSums(f *testing.F) {
 	f.Add([]byte("abc"), uint8(1))
 	f.Fuzz(func(t *testing.T, a []byte, cut uint8) {
@@ -88,6 +109,13 @@ func BenchmarkSums(b *testing.B) {
 		for b.Loop() {
 			sha1.Sum(p)
 			sha256.Sum256(p)
+		}
+	})
+	b.Run("pair", func(b *testing.B) {
+		b.SetBytes(2 << 20)
+		q := slices.Clone(p)
+		for b.Loop() {
+			Pair(p, q)
 		}
 	})
 	b.Run("one", func(b *testing.B) {
