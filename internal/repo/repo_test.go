@@ -486,7 +486,7 @@ func TestAmbiguousPrefix(t *testing.T) {
 	}
 }
 
-// TestPairsOfPacks: a pack waits for the next, and is stored without one by Flush.
+// TestPairsOfPacks: after the first few a pack waits for the next, and is stored without one by Flush.
 func TestPairsOfPacks(t *testing.T) {
 	be := mem.New()
 	r := initRepo(t, be, InitOptions{Options: Options{PackSize: 1 << 20, PackBuffers: pairBuffers}})
@@ -515,7 +515,7 @@ func TestPairsOfPacks(t *testing.T) {
 		}
 	}
 	var blobs []ID
-	for i, want := range []int{0, 2, 2, 4, 4} {
+	for i, want := range []int{1, 2, 3, 4, 4, 6, 6} {
 		b, _ := save(t, w, DataBlob, noise(byte(i), 1<<20))
 		blobs = append(blobs, b)
 		packs(want)
@@ -525,7 +525,7 @@ func TestPairsOfPacks(t *testing.T) {
 	if err := w.Flush(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	packs(6)
+	packs(8)
 	r2 := openRepo(t, be)
 	for _, b := range blobs {
 		if _, err := r2.LoadBlob(t.Context(), DataBlob, b, nil); err != nil {
@@ -533,11 +533,11 @@ func TestPairsOfPacks(t *testing.T) {
 		}
 	}
 	save(t, w, DataBlob, noise(100, 1<<20)) // alone
-	packs(6)
+	packs(8)
 	if err := w.Flush(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	packs(7)
+	packs(9)
 }
 
 // An index file is written in the middle of a backup, and only of durable packs.

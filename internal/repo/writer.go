@@ -24,6 +24,8 @@ const (
 	// pairBuffers is from how many buffers on a pack waits for another: two packs are hashed in two thirds of the time that they take one
 	// after the other. With fewer too little would be under way.
 	pairBuffers = 6
+	// pairAfter is how many packs a Writer stores at once before one waits: what stores little would only end later.
+	pairAfter = 4
 	// maxPackBlobs keeps a pack's header (41 bytes a blob) well below the 16 MiB that readers take.
 	maxPackBlobs = 200_000
 	// maxBlob keeps every offset and length below 4 GiB, the limit of the format, in bytes.
@@ -60,6 +62,7 @@ type Writer struct {
 	inFlight map[blobKey]struct{} // guarded by mu: saved by this Writer, not yet in the index
 	uploads  int                  // guarded by mu
 	changed  chan struct{}        // guarded by mu: closed and renewed when an upload ends
+	full     int                  // guarded by mu: packs so far
 	waiting  *pack.Writer         // guarded by mu: a full pack that is stored together with the next
 	err      error                // guarded by mu
 	stats    WriterStats          // guarded by mu
@@ -241,9 +244,10 @@ func (w *Writer) upload(p *packer) {
 	case w.waiting != nil:
 		packs = append(packs, w.waiting)
 		w.waiting = nil
-	case cap(w.free) >= pairBuffers:
+	case cap(w.free) >= pairBuffers && w.full >= pairAfter:
 		w.waiting, packs = packs[0], nil
 	}
+	w.full++
 	w.uploads += len(packs)
 	w.mu.Unlock()
 	w.store(packs)
