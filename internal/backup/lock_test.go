@@ -16,6 +16,7 @@ import (
 	"github.com/holdfast-backup/holdfast/internal/freeze"
 	"github.com/holdfast-backup/holdfast/internal/ocis"
 	"github.com/holdfast-backup/holdfast/internal/repo"
+	"github.com/holdfast-backup/holdfast/internal/s3/s3test"
 	"github.com/holdfast-backup/holdfast/internal/testfixture"
 )
 
@@ -27,6 +28,20 @@ func (*stopper) Method() string { return freeze.KindCommand }
 func (s *stopper) Freeze(context.Context, *ocis.Instance) (freeze.Frozen, error) {
 	s.stops++
 	return nil, errors.New("stopped")
+}
+
+// putRival stores an exclusive lock of another program, as if it came to light only now.
+func putRival(t *testing.T, r *repo.Repository) repo.ID {
+	t.Helper()
+	text, err := json.Marshal(map[string]any{"time": time.Now(), "exclusive": true, "hostname": "other", "username": "other", "pid": 7})
+	if err != nil {
+		t.Fatal(err)
+	}
+	rival, err := r.SaveUnpacked(t.Context(), backend.LockFile, text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return rival
 }
 
 // An exclusive lock that comes to light only after the first look ends a backup before anything is stopped
@@ -48,14 +63,7 @@ func TestLateLock(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		text, err := json.Marshal(map[string]any{"time": time.Now(), "exclusive": true, "hostname": "other", "username": "other", "pid": 7})
-		if err != nil {
-			t.Fatal(err)
-		}
-		rival, err := r.SaveUnpacked(ctx, backend.LockFile, text)
-		if err != nil {
-			t.Fatal(err)
-		}
+		rival := putRival(t, r)
 		if err := r.LoadIndex(ctx); err != nil {
 			t.Fatal(err)
 		}
@@ -75,5 +83,30 @@ func TestLateLock(t *testing.T) {
 	}
 	if stopping.stops > 0 {
 		t.Errorf("the instance was stopped %d times", stopping.stops)
+	}
+}
+
+// The replica, too, is left alone until nobody else can remove anything from it.
+func TestLateLockBeforeAReplica(t *testing.T) {
+	g := newRig(t, s3test.Options{})
+	name := g.srv.Bucket(t, false, false)
+	o := toReplica(name)
+	r := open(t, local.New(g.dir))
+	lock, ctx, err := r.Lock(t.Context(), repo.LockOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Unlock()
+	rival := putRival(t, r)
+	if err := r.LoadIndex(ctx); err != nil {
+		t.Fatal(err)
+	}
+	o.Instance, o.Repo, o.Freezer, o.Hostname, o.Version = g.inst, r, freeze.None{}, "test", "test"
+	var le *repo.LockedError
+	if _, err := backup.Run(ctx, o); !errors.As(err, &le) || le.Holder.ID != rival {
+		t.Errorf("the backup: %v", err)
+	}
+	if n := len(g.objects(name)); n != 0 {
+		t.Errorf("%d objects are in the replica", n)
 	}
 }

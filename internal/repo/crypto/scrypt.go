@@ -7,6 +7,7 @@ import (
 	"encoding/binary"
 	"runtime"
 	"sync"
+	"sync/atomic"
 
 	//lint:ignore SA1019 scrypt is made of this function; deprecated is its use for encryption
 	"golang.org/x/crypto/salsa20/salsa"
@@ -25,17 +26,13 @@ func scryptKey(password string, salt []byte, f KDF, size int) ([]byte, error) {
 		return nil, err
 	}
 	var wg sync.WaitGroup
-	next := make(chan []byte, f.P)
-	for i := range f.P {
-		next <- b[i*lane : (i+1)*lane]
-	}
-	close(next)
+	var next atomic.Int64
 	for range max(1, min(f.P, runtime.GOMAXPROCS(0), scryptMemory/(lane*f.N))) {
 		wg.Go(func() {
 			v, free := scratch(lane * f.N)
 			defer free()
-			for x := range next {
-				roMix(x, v, f.N)
+			for i := int(next.Add(1)) - 1; i < f.P; i = int(next.Add(1)) - 1 {
+				roMix(b[i*lane:(i+1)*lane], v, f.N)
 			}
 		})
 	}
