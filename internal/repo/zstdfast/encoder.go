@@ -1,0 +1,280 @@
+// Package zstdfast compresses data to frames of the Zstandard format (RFC 8878), at a fast level and as fast as it can.
+//
+// Data that cannot be compressed is not its business: callers know. The frame is for readers that have
+// Window bytes, and has no checksum.
+package zstdfast
+
+import (
+	"encoding/binary"
+	"math/bits"
+	"unsafe"
+
+	"github.com/klauspost/compress/huff0"
+)
+
+const (
+	// Window is how far back matches reach, in bytes.
+	Window     = 1 << windowLog
+	windowLog  = 20
+	blockBytes = 128 << 10 // the most that the format allows
+
+	blockRaw, blockCompressed          = 0, 2
+	literalsRaw, literalsRLE           = 0, 1
+	literalsCompressed, literalsReused = 2, 3
+)
+
+// sequence is some literals and the match that follows them: the codes of how many literals, of the offset and of the
+// length, and the bits that are written beside them.
+type sequence struct {
+	extra                   uint64
+	width                   uint8 // of extra, in bits; at most 53
+	literals, offset, match uint8
+}
+
+// Encoder compresses, one after the other. The zero value is ready. Not for concurrent use. It has some 900 KiB.
+type Encoder struct {
+	finder    finder
+	sequences []sequence
+	counts    [3][maxSymbols]uint32 // how often each code is in sequences: of literals, offsets and matches
+	huff      huff0.Scratch
+	tables    [3]table
+}
+
+// Append appends the frame of src, which has less than 4 GiB, to dst.
+func (e *Encoder) Append(dst, src []byte) []byte {
+	dst = binary.LittleEndian.AppendUint32(dst, 0xFD2FB528)
+	// Descriptor: size of the content in four bytes, no single segment, which would make the content the window.
+	dst = append(dst, 2<<6, (windowLog-10)<<3)
+	dst = binary.LittleEndian.AppendUint32(dst, uint32(len(src)))
+	e.finder.reset(src)
+	e.huff.Reuse = huff0.ReusePolicyNone // what the last frame had
+	recent := [3]uint32{1, 4, 8}
+	for start := 0; ; start += blockBytes {
+		end := min(start+blockBytes, len(src))
+		last := uint32(0)
+		if end == len(src) {
+			last = 1
+		}
+		header := len(dst)
+		dst = append(dst, 0, 0, 0)
+		kind, before := uint32(blockCompressed), recent
+		dst = e.appendBlock(dst, src, start, end, &recent)
+		if len(dst)-header-3 >= end-start {
+			// The reader does not see what the compressed block would have left behind.
+			recent = before
+			e.huff.Reuse = huff0.ReusePolicyNone
+			kind = blockRaw
+			dst = append(dst[:header+3], src[start:end]...)
+		}
+		size := uint32(len(dst) - header - 3)
+		head := last | kind<<1 | size<<3
+		dst[header], dst[header+1], dst[header+2] = byte(head), byte(head>>8), byte(head>>16)
+		if last == 1 {
+			return dst
+		}
+	}
+}
+
+// appendBlock appends the content of a compressed block of src[start:end]. It may be longer than that.
+func (e *Encoder) appendBlock(dst, src []byte, start, end int, recent *[3]uint32) []byte {
+	e.finder.find(src, start, end, recent)
+	return e.appendSequences(e.appendLiterals(dst, e.finder.literals), e.finder.sequences)
+}
+
+func (e *Encoder) appendLiterals(dst, lits []byte) []byte {
+	n := uint64(len(lits))
+	if n < 32 {
+		return appendPlain(dst, lits, literalsRaw, n)
+	}
+	var (
+		out    []byte
+		reused bool
+		err    error
+		four   = n >= 1024
+	)
+	if four {
+		out, reused, err = huff0.Compress4X(lits, &e.huff)
+	} else {
+		out, reused, err = huff0.Compress1X(lits, &e.huff)
+	}
+	switch err {
+	case nil:
+	case huff0.ErrUseRLE:
+		return appendPlain(dst, lits[:1], literalsRLE, n)
+	default: // it cannot be compressed
+		e.huff.Reuse = huff0.ReusePolicyNone
+		return appendPlain(dst, lits, literalsRaw, n)
+	}
+	e.huff.Reuse = huff0.ReusePolicyAllow
+	head, size := uint64(literalsCompressed), uint64(len(out))
+	if reused {
+		head = literalsReused
+	}
+	switch {
+	case !four:
+		head |= n<<4 | size<<14
+		dst = append(dst, byte(head), byte(head>>8), byte(head>>16))
+	case n < 1<<14 && size < 1<<14:
+		head |= 2<<2 | n<<4 | size<<18
+		dst = append(dst, byte(head), byte(head>>8), byte(head>>16), byte(head>>24))
+	default:
+		head |= 3<<2 | n<<4 | size<<22
+		dst = append(dst, byte(head), byte(head>>8), byte(head>>16), byte(head>>24), byte(head>>32))
+	}
+	return append(dst, out...)
+}
+
+// appendPlain appends literals that are not compressed: n of them, or one that is repeated n times.
+func appendPlain(dst, lits []byte, kind, n uint64) []byte {
+	switch {
+	case n < 32:
+		dst = append(dst, byte(kind|n<<3))
+	case n < 4096:
+		n = kind | 1<<2 | n<<4
+		dst = append(dst, byte(n), byte(n>>8))
+	default:
+		n = kind | 3<<2 | n<<4
+		dst = append(dst, byte(n), byte(n>>8), byte(n>>16))
+	}
+	return append(dst, lits...)
+}
+
+// encode sets sequences to the codes of matches, and counts them.
+func (e *Encoder) encode(matches []match) {
+	if e.sequences == nil {
+		e.sequences = make([]sequence, maxSequences)
+	}
+	e.counts = [3][maxSymbols]uint32{}
+	seqs := e.sequences[:len(matches)]
+	for i := range seqs {
+		m := &matches[i]
+		l, o, g := litCode(m.literals), uint8(bits.Len32(m.offset)-1), matchCode(m.length)
+		e.counts[0][l&63]++
+		e.counts[1][o&63]++
+		e.counts[2][g&63]++
+		// The codes stand for multiples of what their bits count to.
+		wl, wm := litBits[l&63]&31, matchBits[g&63]&31
+		// Field by field: the compiler would make the whole elsewhere and copy it, and the processor wait.
+		q := &seqs[i]
+		q.extra = uint64(m.literals)&(1<<wl-1) | uint64(m.length)&(1<<wm-1)<<wl | uint64(m.offset)&(1<<(o&31)-1)<<((wl+wm)&63)
+		q.width, q.literals, q.offset, q.match = wl+wm+o, l, o, g
+	}
+}
+
+func (e *Encoder) appendSequences(dst []byte, matches []match) []byte {
+	n := len(matches)
+	if n < 128 {
+		dst = append(dst, byte(n))
+	} else { // no block has the 32,512 that would take three bytes
+		dst = append(dst, byte(n>>8+128), byte(n))
+	}
+	if n == 0 {
+		return dst
+	}
+	e.encode(matches)
+	seqs := e.sequences[:n]
+	modes := len(dst)
+	dst = append(dst, 0)
+	var (
+		t    [3]*table
+		mode [3]byte
+	)
+	last := [3]uint8{seqs[n-1].literals, seqs[n-1].offset, seqs[n-1].match}
+	for i, d := range [3]struct {
+		std     *table
+		symbols int
+		log     uint8
+	}{{&litTable, len(litNorm), 9}, {&offsetTable, len(offsetNorm), 8}, {&matchTable, len(matchNorm), 9}} {
+		t[i] = &e.tables[i]
+		dst, mode[i] = t[i].choose(dst, e.counts[i][:], n, last[i], d.log)
+		if mode[i] == 0 {
+			t[i] = d.std
+		}
+	}
+	dst[modes] = mode[0]<<6 | mode[1]<<4 | mode[2]<<2
+	return appendBits(dst, seqs, t[0], t[1], t[2])
+}
+
+// choose builds the table for n symbols, of which the last is given, and appends its description. It returns how the format names that: 0 for
+// the predefined table, 1 for a symbol that is always the same, 2 for a description.
+func (t *table) choose(dst []byte, count []uint32, n int, last uint8, maxLog uint8) ([]byte, byte) {
+	if int(count[last]) == n && n > 2 {
+		t.log = 0
+		t.sym[last] = transition{}
+		t.states[0] = 0
+		return append(dst, last), 1
+	}
+	if n < 64 {
+		return dst, 0
+	}
+	log := min(maxLog, uint8(max(6, bits.Len(uint(n))-2)))
+	top := len(count)
+	for count[top-1] == 0 {
+		top--
+	}
+	var norm [64]int16
+	normalize(norm[:top], count[:top], uint32(n), log)
+	t.build(norm[:top], log)
+	return appendNorm(dst, norm[:top], log), 2
+}
+
+// appendBits appends the bits of the sequences, the last one first, so that the reader, who begins at the end, gets them in order.
+func appendBits(dst []byte, seqs []sequence, lt, ot, mt *table) []byte {
+	// No sequence takes more than 10 bytes.
+	begin := len(dst)
+	if need := begin + len(seqs)*10 + 16; cap(dst) < need {
+		dst = append(make([]byte, 0, need+need/4), dst...)
+	}
+	var (
+		out  = dst[:cap(dst)]
+		to   = unsafe.Add(unsafe.Pointer(unsafe.SliceData(out)), begin)
+		acc  uint64 // bits that are not written yet: fewer than eight after each store
+		fill uint
+	)
+	last := &seqs[len(seqs)-1]
+	ls, os, ms := lt.first(last.literals), ot.first(last.offset), mt.first(last.match)
+	for i := len(seqs) - 1; ; {
+		s := &seqs[i]
+		acc |= s.extra << (fill & 63)
+		fill += uint(s.width)
+		store64(to, acc)
+		to = unsafe.Add(to, fill>>3)
+		acc >>= fill &^ 7 & 63
+		fill &= 7
+		if i--; i < 0 {
+			break
+		}
+		// What is written of the three states, each at most 9 bits.
+		s = &seqs[i]
+		o, m, l := &ot.sym[s.offset&63], &mt.sym[s.match&63], &lt.sym[s.literals&63]
+		wo, wm, wl := uint((os+o.bits)>>16)&31, uint((ms+m.bits)>>16)&31, uint((ls+l.bits)>>16)&31
+		v := uint64(os&(1<<wo-1)) | uint64(ms&(1<<wm-1))<<wo | uint64(ls&(1<<wl-1))<<((wo+wm)&63)
+		os = uint32(ot.states[(int32(os>>wo)+o.next)&(1<<maxLog-1)])
+		ms = uint32(mt.states[(int32(ms>>wm)+m.next)&(1<<maxLog-1)])
+		ls = uint32(lt.states[(int32(ls>>wl)+l.next)&(1<<maxLog-1)])
+		acc |= v << (fill & 63)
+		fill += wo + wm + wl
+		store64(to, acc)
+		to = unsafe.Add(to, fill>>3)
+		acc >>= fill &^ 7 & 63
+		fill &= 7
+	}
+	at := int(uintptr(to) - uintptr(unsafe.Pointer(unsafe.SliceData(out))))
+	for _, v := range [3]struct {
+		state uint32
+		log   uint8
+	}{{ms, mt.log}, {os, ot.log}, {ls, lt.log}} {
+		acc |= uint64(v.state&(1<<v.log-1)) << fill
+		fill += uint(v.log)
+	}
+	acc |= 1 << fill // marks the end
+	fill++
+	for ; fill > 0; fill -= min(fill, 8) {
+		out[at] = byte(acc)
+		acc >>= 8
+		at++
+	}
+	return out[:at]
+}
+
+func store64(p unsafe.Pointer, v uint64) { binary.LittleEndian.PutUint64((*[8]byte)(p)[:], v) }
