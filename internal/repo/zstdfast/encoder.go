@@ -139,19 +139,14 @@ func appendPlain(dst, lits []byte, kind, n uint64) []byte {
 	return append(dst, lits...)
 }
 
-// encode sets sequences to the codes of matches, and counts them.
-func (e *Encoder) encode(matches []match) {
-	if e.sequences == nil {
-		e.sequences = make([]sequence, maxSequences)
-	}
-	e.counts = [3][maxSymbols]uint32{}
-	seqs := e.sequences[:len(matches)]
-	for i := range seqs {
+// encodeGo sets seqs to the codes of matches, and counts them.
+func encodeGo(seqs []sequence, matches []match, counts *[3][maxSymbols]uint32) {
+	for i := range matches {
 		m := &matches[i]
 		l, o, g := litCode(m.literals), uint8(bits.Len32(m.offset)-1), matchCode(m.length)
-		e.counts[0][l&63]++
-		e.counts[1][o&63]++
-		e.counts[2][g&63]++
+		counts[0][l&63]++
+		counts[1][o&63]++
+		counts[2][g&63]++
 		// The codes stand for multiples of what their bits count to.
 		wl, wm := litBits[l&63]&31, matchBits[g&63]&31
 		// Field by field: the compiler would make the whole elsewhere and copy it, and the processor wait.
@@ -171,8 +166,12 @@ func (e *Encoder) appendSequences(dst []byte, matches []match) []byte {
 	if n == 0 {
 		return dst
 	}
-	e.encode(matches)
+	if e.sequences == nil {
+		e.sequences = make([]sequence, maxSequences)
+	}
 	seqs := e.sequences[:n]
+	e.counts = [3][maxSymbols]uint32{}
+	encode(seqs, matches, &e.counts)
 	modes := len(dst)
 	dst = append(dst, 0)
 	var (
@@ -225,56 +224,62 @@ func appendBits(dst []byte, seqs []sequence, lt, ot, mt *table) []byte {
 	if need := begin + len(seqs)*10 + 16; cap(dst) < need {
 		dst = append(make([]byte, 0, need+need/4), dst...)
 	}
-	var (
-		out  = dst[:cap(dst)]
-		to   = unsafe.Add(unsafe.Pointer(unsafe.SliceData(out)), begin)
-		acc  uint64 // bits that are not written yet: fewer than eight after each store
-		fill uint
-	)
+	out := dst[:cap(dst)]
 	last := &seqs[len(seqs)-1]
-	ls, os, ms := lt.first(last.literals), ot.first(last.offset), mt.first(last.match)
-	for i := len(seqs) - 1; ; {
-		s := &seqs[i]
-		acc |= s.extra << (fill & 63)
-		fill += uint(s.width)
-		store64(to, acc)
-		to = unsafe.Add(to, fill>>3)
-		acc >>= fill &^ 7 & 63
-		fill &= 7
-		if i--; i < 0 {
-			break
-		}
-		// What is written of the three states, each at most 9 bits.
-		s = &seqs[i]
-		o, m, l := &ot.sym[s.offset&63], &mt.sym[s.match&63], &lt.sym[s.literals&63]
-		wo, wm, wl := uint((os+o.bits)>>16)&31, uint((ms+m.bits)>>16)&31, uint((ls+l.bits)>>16)&31
-		v := uint64(os&(1<<wo-1)) | uint64(ms&(1<<wm-1))<<wo | uint64(ls&(1<<wl-1))<<((wo+wm)&63)
-		os = uint32(ot.states[(int32(os>>wo)+o.next)&(1<<maxLog-1)])
-		ms = uint32(mt.states[(int32(ms>>wm)+m.next)&(1<<maxLog-1)])
-		ls = uint32(lt.states[(int32(ls>>wl)+l.next)&(1<<maxLog-1)])
-		acc |= v << (fill & 63)
-		fill += wo + wm + wl
-		store64(to, acc)
-		to = unsafe.Add(to, fill>>3)
-		acc >>= fill &^ 7 & 63
-		fill &= 7
+	w := bitWriter{
+		to:  unsafe.Add(unsafe.Pointer(unsafe.SliceData(out)), begin),
+		acc: last.extra, fill: uint(last.width),
+		literals: lt.first(last.literals), offset: ot.first(last.offset), match: mt.first(last.match),
 	}
-	at := int(uintptr(to) - uintptr(unsafe.Pointer(unsafe.SliceData(out))))
+	w.flush()
+	w.write(seqs[:len(seqs)-1], lt, ot, mt)
 	for _, v := range [3]struct {
 		state uint32
 		log   uint8
-	}{{ms, mt.log}, {os, ot.log}, {ls, lt.log}} {
-		acc |= uint64(v.state&(1<<v.log-1)) << fill
-		fill += uint(v.log)
+	}{{w.match, mt.log}, {w.offset, ot.log}, {w.literals, lt.log}} {
+		w.acc |= uint64(v.state&(1<<v.log-1)) << w.fill
+		w.fill += uint(v.log)
 	}
-	acc |= 1 << fill // marks the end
-	fill++
-	for ; fill > 0; fill -= min(fill, 8) {
-		out[at] = byte(acc)
-		acc >>= 8
-		at++
-	}
+	w.acc |= 1 << w.fill // marks the end
+	w.fill += 8
+	w.flush()
+	at := int(uintptr(w.to) - uintptr(unsafe.Pointer(unsafe.SliceData(out))))
 	return out[:at]
 }
 
-func store64(p unsafe.Pointer, v uint64) { binary.LittleEndian.PutUint64((*[8]byte)(p)[:], v) }
+// bitWriter writes bits to memory that is known to have room. The assembler knows its fields.
+type bitWriter struct {
+	to                      unsafe.Pointer
+	acc                     uint64 // what is not written yet: fewer than eight bits after each flush
+	fill                    uint
+	literals, offset, match uint32 // the states
+}
+
+func (w *bitWriter) flush() {
+	binary.LittleEndian.PutUint64((*[8]byte)(w.to)[:], w.acc)
+	w.to = unsafe.Add(w.to, w.fill>>3)
+	w.acc >>= w.fill &^ 7 & 63
+	w.fill &= 7
+}
+
+// writeGo writes sequences, the last one first: what the states lose on the way to the next, then the other bits.
+func (w *bitWriter) writeGo(seqs []sequence, lt, ot, mt *table) {
+	b := *w
+	for i := len(seqs) - 1; i >= 0; i-- {
+		s := &seqs[i]
+		o, m, l := &ot.sym[s.offset&63], &mt.sym[s.match&63], &lt.sym[s.literals&63]
+		// At most 9 bits each; the masks are for the compiler.
+		wo, wm, wl := uint((b.offset+o.bits)>>16)&31, uint((b.match+m.bits)>>16)&31, uint((b.literals+l.bits)>>16)&31
+		v := uint64(b.offset&(1<<wo-1)) | uint64(b.match&(1<<wm-1))<<wo | uint64(b.literals&(1<<wl-1))<<((wo+wm)&63)
+		b.offset = uint32(ot.states[(int32(b.offset>>wo)+o.next)&(1<<maxLog-1)])
+		b.match = uint32(mt.states[(int32(b.match>>wm)+m.next)&(1<<maxLog-1)])
+		b.literals = uint32(lt.states[(int32(b.literals>>wl)+l.next)&(1<<maxLog-1)])
+		b.acc |= v << (b.fill & 63)
+		b.fill += wo + wm + wl
+		b.flush()
+		b.acc |= s.extra << (b.fill & 63)
+		b.fill += uint(s.width)
+		b.flush()
+	}
+	*w = b
+}

@@ -173,6 +173,48 @@ func TestCandidates(t *testing.T) {
 	}
 }
 
+// The assembler encodes as the plain code does.
+func TestEncode(t *testing.T) {
+	r := rand.New(rand.NewPCG(5, 5))
+	for range 300 {
+		matches := make([]match, 1+r.IntN(2000))
+		for i := range matches {
+			matches[i] = match{r.Uint32N(1 << r.IntN(17)), r.Uint32N(1 << r.IntN(17)), 1 + r.Uint32N(1<<r.IntN(20))}
+		}
+		plain, fast := make([]sequence, len(matches)), make([]sequence, len(matches))
+		var countPlain, countFast [3][maxSymbols]uint32
+		encodeGo(plain, matches, &countPlain)
+		encode(fast, matches, &countFast)
+		if !slices.Equal(plain, fast) || countPlain != countFast {
+			t.Fatalf("%v: %v, not %v", matches, fast, plain)
+		}
+		e := Encoder{counts: countPlain}
+		last := plain[len(plain)-1]
+		for i, s := range [3]uint8{last.literals, last.offset, last.match} {
+			if _, mode := e.tables[i].choose(nil, e.counts[i][:], len(plain), s, 9-uint8(i)%2); mode == 0 {
+				e.tables[i] = [3]table{litTable, offsetTable, matchTable}[i]
+			}
+		}
+		var out [2][]byte
+		for i := range out {
+			buf := make([]byte, len(plain)*10+16)
+			w := bitWriter{
+				to: unsafe.Pointer(&buf[0]), acc: 5, fill: 3,
+				literals: e.tables[0].first(last.literals), offset: e.tables[1].first(last.offset), match: e.tables[2].first(last.match),
+			}
+			if i == 0 {
+				w.writeGo(plain[:len(plain)-1], &e.tables[0], &e.tables[1], &e.tables[2])
+			} else {
+				w.write(plain[:len(plain)-1], &e.tables[0], &e.tables[1], &e.tables[2])
+			}
+			out[i] = fmt.Append(buf[:uintptr(w.to)-uintptr(unsafe.Pointer(&buf[0]))], w.acc, w.fill, w.literals, w.offset, w.match)
+		}
+		if !bytes.Equal(out[0], out[1]) {
+			t.Fatalf("other bits of %v", matches)
+		}
+	}
+}
+
 func TestNormalize(t *testing.T) {
 	r := rand.New(rand.NewPCG(4, 4))
 	for range 20_000 {

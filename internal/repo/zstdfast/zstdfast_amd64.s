@@ -1,0 +1,174 @@
+#include "textflag.h"
+
+// One position: R12 the last one with its hash, which is remembered in at; the bit says that the bytes differ.
+#define POSITION(i) \
+	MOVQ  i(DI), AX \
+	MOVQ  AX, BX \
+	IMULQ R10, AX \
+	SHRQ  CX, AX \
+	MOVL  (R8)(AX*4), R12 \
+	MOVL  DX, (R8)(AX*4) \
+	INCL  DX \
+	XORQ  (SI)(R12*1), BX \
+	MOVL  R12, (i*4)(R9) \
+	SHLQ  $16, BX \
+	NEGQ  BX \
+	RCRQ  $1, R11
+
+// func candidates64(base unsafe.Pointer, p uint, table *[1 << maxTable]uint32, at *[look]uint32, shift uint) uint64
+TEXT ·candidates64(SB), NOSPLIT, $0-48
+	MOVQ base+0(FP), SI
+	MOVQ p+8(FP), DX
+	MOVQ table+16(FP), R8
+	MOVQ at+24(FP), R9
+	MOVQ shift+32(FP), CX
+	LEAQ (SI)(DX*1), DI
+	MOVQ $(0x9E3779B185EB<<16), R10
+	MOVQ $8, R13
+
+loop:
+	POSITION(0)
+	POSITION(1)
+	POSITION(2)
+	POSITION(3)
+	POSITION(4)
+	POSITION(5)
+	POSITION(6)
+	POSITION(7)
+	ADDQ $8, DI
+	ADDQ $32, R9
+	DECQ R13
+	JNE  loop
+	NOTQ R11
+	MOVQ R11, ret+40(FP)
+	RET
+
+// Writes what the state x loses by the next code, which is at code(SI), and makes the next state of it.
+#define STATE(x, code, table) \
+	MOVBLZX code(SI), AX \
+	MOVQ    4(table)(AX*8), AX \
+	MOVL    AX, BX \
+	SHRQ    $32, AX \
+	ADDL    x, BX \
+	SHRL    $16, BX \
+	BZHIQ   BX, x, DX \
+	SHRXL   BX, x, x \
+	ADDL    AX, x \
+	MOVWLZX 516(table)(x*2), x \
+	SHLXQ   R9, DX, DX \
+	ORQ     DX, R8 \
+	ADDQ    BX, R9
+
+#define FLUSH \
+	MOVQ  R8, (DI) \
+	MOVL  R9, BX \
+	MOVL  R9, DX \
+	ANDL  $56, BX \
+	SHRL  $3, DX \
+	SHRXQ BX, R8, R8 \
+	ADDQ  DX, DI \
+	ANDL  $7, R9
+
+// func writeBMI2(w *bitWriter, seqs *sequence, n int, lt, ot, mt *table)
+TEXT ·writeBMI2(SB), NOSPLIT, $0-48
+	MOVQ w+0(FP), AX
+	MOVQ seqs+8(FP), SI
+	MOVQ n+16(FP), CX
+	MOVQ lt+24(FP), R13
+	MOVQ ot+32(FP), R14
+	MOVQ mt+40(FP), R15
+	MOVQ 0(AX), DI
+	MOVQ 8(AX), R8
+	MOVQ 16(AX), R9
+	MOVL 24(AX), R10
+	MOVL 28(AX), R11
+	MOVL 32(AX), R12
+	MOVQ CX, AX
+	SHLQ $4, AX
+	ADDQ AX, SI
+
+next:
+	SUBQ    $16, SI
+	STATE(R11, 10, R14)
+	STATE(R12, 11, R15)
+	STATE(R10, 9, R13)
+	FLUSH
+	SHLXQ   R9, (SI), AX
+	MOVBLZX 8(SI), BX
+	ORQ     AX, R8
+	ADDQ    BX, R9
+	FLUSH
+	DECQ    CX
+	JNE     next
+	MOVQ w+0(FP), AX
+	MOVQ DI, 0(AX)
+	MOVQ R8, 8(AX)
+	MOVQ R9, 16(AX)
+	MOVL R10, 24(AX)
+	MOVL R11, 28(AX)
+	MOVL R12, 32(AX)
+	RET
+
+// func encodeBMI2(seqs *sequence, matches *match, n int, counts *[3][maxSymbols]uint32)
+TEXT ·encodeBMI2(SB), NOSPLIT, $0-32
+	MOVQ seqs+0(FP), DI
+	MOVQ matches+8(FP), SI
+	MOVQ n+16(FP), CX
+	MOVQ counts+24(FP), R8
+	LEAQ ·litCodes(SB), R9
+	LEAQ ·matchCodes(SB), R10
+	LEAQ ·litBits(SB), R11
+	LEAQ ·matchBits(SB), R12
+
+next:
+	MOVL    (SI), AX
+	MOVL    4(SI), BX
+	MOVL    8(SI), DX
+	CMPL    AX, $64
+	JAE     manyLiterals
+	MOVBLZX (R9)(AX*1), R13
+
+literals:
+	CMPL    BX, $128
+	JAE     longMatch
+	MOVBLZX (R10)(BX*1), R14
+
+match:
+	LZCNTL  DX, R15
+	XORL    $31, R15
+	INCL    (R8)(R13*4)
+	INCL    256(R8)(R15*4)
+	INCL    512(R8)(R14*4)
+	MOVB    R13, 9(DI)
+	MOVB    R15, 10(DI)
+	MOVB    R14, 11(DI)
+	MOVBLZX (R11)(R13*1), R13
+	MOVBLZX (R12)(R14*1), R14
+	BZHIL   R13, AX, AX
+	BZHIL   R14, BX, BX
+	BZHIL   R15, DX, DX
+	SHLXQ   R13, BX, BX
+	ADDL    R14, R13
+	SHLXQ   R13, DX, DX
+	ADDL    R15, R13
+	ORQ     BX, AX
+	ORQ     DX, AX
+	MOVB    R13, 8(DI)
+	MOVQ    AX, (DI)
+	ADDQ    $12, SI
+	ADDQ    $16, DI
+	DECQ    CX
+	JNE     next
+	RET
+
+manyLiterals:
+	LZCNTL AX, R13
+	NEGL   R13
+	ADDL   $50, R13
+	JMP    literals
+
+longMatch:
+	LZCNTL BX, R14
+	NEGL   R14
+	ADDL   $67, R14
+	JMP    match

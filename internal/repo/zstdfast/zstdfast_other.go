@@ -1,0 +1,13 @@
+//go:build !amd64
+
+package zstdfast
+
+import "unsafe"
+
+func (f *finder) candidates64(base unsafe.Pointer, p uint) uint64 { return f.candidates(base, p, look) }
+
+func (w *bitWriter) write(seqs []sequence, lt, ot, mt *table) { w.writeGo(seqs, lt, ot, mt) }
+
+func encode(seqs []sequence, matches []match, counts *[3][maxSymbols]uint32) {
+	encodeGo(seqs, matches, counts)
+}
