@@ -48,7 +48,7 @@ func (e *Encoder) Append(dst, src []byte) []byte {
 	dst = binary.LittleEndian.AppendUint32(dst, uint32(len(src)))
 	e.finder.reset(src)
 	e.huff.Reuse = huff0.ReusePolicyNone // what the last frame had
-	recent := [3]uint32{1, 4, 8}
+	recent := uint32(1)                  // as the format begins
 	for start := 0; ; start += blockBytes {
 		end := min(start+blockBytes, len(src))
 		last := uint32(0)
@@ -58,7 +58,8 @@ func (e *Encoder) Append(dst, src []byte) []byte {
 		header := len(dst)
 		dst = append(dst, 0, 0, 0)
 		kind, before := uint32(blockCompressed), recent
-		dst = e.appendBlock(dst, src, start, end, &recent)
+		recent = e.finder.find(src, start, end, recent)
+		dst = e.appendSequences(e.appendLiterals(dst, e.finder.literals), e.finder.sequences)
 		if len(dst)-header-3 >= end-start {
 			// The reader does not see what the compressed block would have left behind.
 			recent = before
@@ -75,12 +76,7 @@ func (e *Encoder) Append(dst, src []byte) []byte {
 	}
 }
 
-// appendBlock appends the content of a compressed block of src[start:end]. It may be longer than that.
-func (e *Encoder) appendBlock(dst, src []byte, start, end int, recent *[3]uint32) []byte {
-	e.finder.find(src, start, end, recent)
-	return e.appendSequences(e.appendLiterals(dst, e.finder.literals), e.finder.sequences)
-}
-
+// appendLiterals appends the literals of a block, which may be no smaller then.
 func (e *Encoder) appendLiterals(dst, lits []byte) []byte {
 	n := uint64(len(lits))
 	if n < 32 {

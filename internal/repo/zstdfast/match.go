@@ -47,7 +47,8 @@ func load64(p unsafe.Pointer, i uint) uint64 {
 	return binary.LittleEndian.Uint64((*[8]byte)(unsafe.Add(p, i))[:])
 }
 
-// candidates looks at n positions from p on, and returns a bit for each that begins like the last one with the same hash.
+// candidates looks at n positions from p on, and returns a bit for each that begins like the last one with the same hash. For an empty place of the
+// table that is the very first, which may be the position itself.
 func (f *finder) candidates(base unsafe.Pointer, p, n uint) (m uint64) {
 	shift := (64 - f.log) & 63
 	for i := range min(n, look) {
@@ -63,86 +64,89 @@ func (f *finder) candidates(base unsafe.Pointer, p, n uint) (m uint64) {
 	return m
 }
 
-// find sets sequences and literals to what src[start:end] is made of.
-func (f *finder) find(src []byte, start, end int, recent *[3]uint32) {
-	var (
-		base         = unsafe.Pointer(unsafe.SliceData(src))
-		seqs         = f.sequences[:maxSequences]
-		lits         = f.literals[:blockBytes+16]
-		to           = unsafe.Pointer(unsafe.SliceData(lits))
-		ns           int
-		nl           uint
-		anchor, stop = uint(start), uint(end)
-		rep          = *recent
-	)
-	for p := max(anchor, 1); p+8 <= stop; { // at 0 nothing can be found: it means an empty place of the table
-		var m uint64
-		next := p + look
-		if p+margin <= stop {
-			m = f.candidates64(base, p)
+// find sets sequences and literals to what src[start:end] is made of. The distance of the last match before is recent,
+// which is returned for the next block.
+func (f *finder) find(src []byte, start, end int, recent uint32) uint32 {
+	lits := f.literals[:blockBytes+16]
+	seqs := f.sequences[:maxSequences]
+	w := walk{
+		base: unsafe.Pointer(unsafe.SliceData(src)), at: &f.at,
+		literals: unsafe.Pointer(unsafe.SliceData(lits)), matches: unsafe.Pointer(unsafe.SliceData(seqs)),
+		anchor: uint(start), stop: uint(end), recent: recent,
+	}
+	for w.p = w.anchor; w.p+8 <= w.stop; {
+		next := w.p + look
+		if w.p+margin <= w.stop {
+			w.found = f.candidates64(w.base, w.p)
+			w.choose(src)
 		} else {
-			next = min(next, stop-7)
-			m = f.candidates(base, p, next-p)
+			next = min(next, w.stop-7)
+			w.found = f.candidates(w.base, w.p, next-w.p)
+			w.chooseGo(src)
 		}
 		// What has no matches is looked at in ever greater steps.
-		next += (p - min(p, anchor)) >> 5
-		for m != 0 {
-			k := uint(bits.TrailingZeros64(m))
-			m &= m - 1
-			s := p + k
-			c := uint(f.at[k&(look-1)])
-			offset := s - c
-			if offset >= Window {
-				continue
-			}
-			inside := s+17 <= stop
-			if r := uint(rep[0]); inside && (load64(base, s+1)^load64(base, s+1-r))<<(64-8*minMatch) == 0 {
-				// The distance of the last match costs next to nothing.
-				s, offset = s+1, r
-				c = s - r
-			}
-			e := s + minMatch
-			if inside {
-				if x := load64(base, e) ^ load64(base, c+minMatch); x != 0 {
-					e += uint(bits.TrailingZeros64(x)) >> 3
-				} else {
-					e = extend(src, e+8, offset, stop)
-				}
-			} else {
-				e = extend(src, e, offset, stop)
-			}
-			if c >= 8 {
-				x := load64(base, s-8) ^ load64(base, c-8)
-				s -= min(uint(bits.LeadingZeros64(x))>>3, s-anchor)
-			}
-			n := s - anchor
-			if n <= 16 && inside {
-				*(*[16]byte)(unsafe.Add(to, nl)) = *(*[16]byte)(unsafe.Add(base, anchor))
-			} else {
-				copy(lits[nl:], src[anchor:s])
-			}
-			nl += n
-			v := uint32(offset) + 3
-			if uint32(offset) == rep[0] && n > 0 {
-				v = 1
-			} else {
-				rep[2], rep[1], rep[0] = rep[1], rep[0], uint32(offset)
-			}
-			q := &seqs[ns]
-			q.literals, q.length, q.offset = uint32(n), uint32(e-s)-3, v
-			ns++
-			anchor = e
-			if e >= p+look {
-				next = e
-				break
-			}
-			m &= ^uint64(0) << (e - p)
-		}
-		p = next
+		next += (w.p - min(w.p, w.anchor)) >> 5
+		w.p = max(next, w.anchor)
 	}
-	*recent = rep
-	nl += uint(copy(lits[nl:], src[anchor:stop]))
-	f.sequences, f.literals = seqs[:ns], lits[:nl]
+	n := int(uintptr(w.literals) - uintptr(unsafe.Pointer(unsafe.SliceData(lits))))
+	n += copy(lits[n:], src[w.anchor:end])
+	f.literals = lits[:n]
+	f.sequences = seqs[:int(uintptr(w.matches)-uintptr(unsafe.Pointer(unsafe.SliceData(seqs))))/int(unsafe.Sizeof(match{}))]
+	return w.recent
+}
+
+// walk is where finding is. The assembler knows its fields.
+type walk struct {
+	base     unsafe.Pointer // of what is compressed
+	at       *[look]uint32
+	literals unsafe.Pointer // where the next go
+	matches  unsafe.Pointer // where the next goes
+	anchor   uint           // behind the last match
+	p        uint           // the first of the positions that are looked at
+	found    uint64         // a bit for each of them, as candidates tells
+	stop     uint           // the end of the block
+	recent   uint32         // the distance of the last match
+}
+
+// chooseGo takes the first of the matches found, the first behind that, and so on.
+func (w *walk) chooseGo(src []byte) {
+	base, m := w.base, w.found
+	for m != 0 {
+		k := uint(bits.TrailingZeros64(m))
+		m &= m - 1
+		s := w.p + k
+		c := uint(w.at[k&(look-1)])
+		offset := s - c
+		if offset-1 >= Window-1 { // too far, or an empty place at the beginning
+			continue
+		}
+		inside := s+17 <= w.stop
+		if r := uint(w.recent); inside && (load64(base, s+1)^load64(base, s+1-r))<<(64-8*minMatch) == 0 {
+			// The distance of the last match costs next to nothing.
+			s, offset = s+1, r
+			c = s - r
+		}
+		e := extend(src, s+minMatch, offset, w.stop)
+		if c >= 8 {
+			x := load64(base, s-8) ^ load64(base, c-8)
+			s -= min(uint(bits.LeadingZeros64(x))>>3, s-w.anchor)
+		}
+		n := s - w.anchor
+		copy(unsafe.Slice((*byte)(w.literals), n), src[w.anchor:s])
+		w.literals = unsafe.Add(w.literals, n)
+		q := (*match)(w.matches)
+		w.matches = unsafe.Add(w.matches, unsafe.Sizeof(match{}))
+		q.literals, q.length, q.offset = uint32(n), uint32(e-s)-3, uint32(offset)+3
+		if uint32(offset) == w.recent && n > 0 {
+			q.offset = 1
+		}
+		w.recent = uint32(offset)
+		w.anchor = e
+		if e >= w.p+look {
+			break
+		}
+		m &= ^uint64(0) << (e - w.p)
+	}
 }
 
 // extend returns where the bytes from e on stop being those that are offset before them.

@@ -13,6 +13,15 @@ func (f *finder) candidates64(base unsafe.Pointer, p uint) uint64 {
 	return candidates64(base, p, &f.table, &f.at, 64-f.log)
 }
 
+// choose is chooseGo where all positions are at least margin from the end.
+func (w *walk) choose(src []byte) {
+	if !bmi2 {
+		w.chooseGo(src)
+		return
+	}
+	chooseBMI2(w)
+}
+
 func encode(seqs []sequence, matches []match, counts *[3][maxSymbols]uint32) {
 	if !bmi2 {
 		encodeGo(seqs, matches, counts)
@@ -37,3 +46,6 @@ func writeBMI2(w *bitWriter, seqs *sequence, n int, lt, ot, mt *table)
 
 //go:noescape
 func encodeBMI2(seqs *sequence, matches *match, n int, counts *[3][maxSymbols]uint32)
+
+//go:noescape
+func chooseBMI2(w *walk)

@@ -172,3 +172,152 @@ longMatch:
 	NEGL   R14
 	ADDL   $67, R14
 	JMP    match
+
+// func chooseBMI2(w *walk)
+TEXT ·chooseBMI2(SB), NOSPLIT, $0-8
+	MOVQ w+0(FP), R15
+	MOVQ 0(R15), SI   // base
+	MOVQ 16(R15), DI  // literals
+	MOVQ 24(R15), R8  // matches
+	MOVQ 32(R15), R9  // anchor
+	MOVQ 40(R15), R10 // p
+	MOVQ 48(R15), R11 // found
+	MOVL 64(R15), R14 // recent
+
+next:
+	TESTQ  R11, R11
+	JEQ    done
+	TZCNTQ R11, AX
+	BLSRQ  R11, R11
+	MOVQ   8(R15), BX
+	MOVL   (BX)(AX*4), BX
+	ADDQ   R10, AX
+	MOVQ   AX, CX
+	SUBQ   BX, CX
+	LEAQ   -1(CX), DX
+	CMPQ   DX, $0xfffff
+	JAE    next
+	LEAQ   1(SI)(AX*1), DX
+	MOVQ   (DX), R12
+	SUBQ   R14, DX
+	XORQ   (DX), R12
+	SHLQ   $16, R12
+	JEQ    again
+
+found:
+	// The match: position AX, candidate BX, distance CX, end R12.
+	LEAQ   6(AX), R12
+	MOVQ   (SI)(R12*1), DX
+	XORQ   6(SI)(BX*1), DX
+	JEQ    long
+	TZCNTQ DX, DX
+	SHRQ   $3, DX
+	ADDQ   DX, R12
+
+extended:
+	CMPQ    BX, $8
+	JCS     front
+	MOVQ    -8(SI)(AX*1), DX
+	XORQ    -8(SI)(BX*1), DX
+	LZCNTQ  DX, DX
+	SHRQ    $3, DX
+	MOVQ    AX, R13
+	SUBQ    R9, R13
+	CMPQ    R13, DX
+	CMOVQCS R13, DX
+	SUBQ    DX, AX
+
+front:
+	// Literals: from R9 on, R13 of them.
+	MOVQ  AX, R13
+	SUBQ  R9, R13
+	ADDQ  SI, R9
+	MOVOU (R9), X0
+	MOVOU X0, (DI)
+	CMPQ  R13, $16
+	JHI   many
+
+copied:
+	ADDQ R13, DI
+	MOVL R13, (R8)
+	MOVQ R12, R9
+	SUBQ AX, R12
+	SUBL $3, R12
+	MOVL R12, 4(R8)
+	CMPL CX, R14
+	JEQ  same
+
+differs:
+	MOVL CX, R14
+	ADDL $3, CX
+
+stored:
+	MOVL  CX, 8(R8)
+	ADDQ  $12, R8
+	MOVQ  R9, DX
+	SUBQ  R10, DX
+	CMPQ  DX, $64
+	JCC   done
+	MOVQ  $-1, AX
+	SHLXQ DX, AX, AX
+	ANDQ  AX, R11
+	JMP   next
+
+again:
+	INCQ AX
+	MOVQ R14, CX
+	MOVQ AX, BX
+	SUBQ CX, BX
+	JMP  found
+
+same:
+	TESTQ R13, R13
+	JEQ   differs
+	MOVL  $1, CX
+	JMP   stored
+
+long:
+	ADDQ $8, R12
+
+eight:
+	LEAQ   8(R12), DX
+	CMPQ   DX, 56(R15)
+	JHI    one
+	MOVQ   R12, R13
+	SUBQ   CX, R13
+	MOVQ   (SI)(R12*1), DX
+	XORQ   (SI)(R13*1), DX
+	JEQ    long
+	TZCNTQ DX, DX
+	SHRQ   $3, DX
+	ADDQ   DX, R12
+	JMP    extended
+
+one:
+	CMPQ R12, 56(R15)
+	JCC  extended
+	MOVQ R12, R13
+	SUBQ CX, R13
+	MOVB (SI)(R12*1), DX
+	CMPB DX, (SI)(R13*1)
+	JNE  extended
+	INCQ R12
+	JMP  one
+
+many:
+	MOVQ $16, DX
+
+sixteen:
+	MOVOU (R9)(DX*1), X0
+	MOVOU X0, (DI)(DX*1)
+	ADDQ  $16, DX
+	CMPQ  DX, R13
+	JCS   sixteen
+	JMP   copied
+
+done:
+	MOVQ DI, 16(R15)
+	MOVQ R8, 24(R15)
+	MOVQ R9, 32(R15)
+	MOVL R14, 64(R15)
+	RET

@@ -11,3 +11,5 @@ func (w *bitWriter) write(seqs []sequence, lt, ot, mt *table) { w.writeGo(seqs, 
 func encode(seqs []sequence, matches []match, counts *[3][maxSymbols]uint32) {
 	encodeGo(seqs, matches, counts)
 }
+
+func (w *walk) choose(src []byte) { w.chooseGo(src) }
