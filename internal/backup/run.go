@@ -127,6 +127,9 @@ func Run(ctx context.Context, o Options) (*Result, error) {
 			return nil, err
 		}
 	}
+	// A view is made at once, and may show inside the instance; reading may begin while it is proven that nothing runs.
+	o.Guard.ReadOnly = len(o.Views) == 0
+	o.Guard.Own = []string{o.CacheDir, o.Repo.Location()}
 	// From here to the thaw the service may be down: nothing that can wait is done in between.
 	rec, down := freeze.Guarded(ctx, o.Freezer, o.Instance, o.Guard, func(ctx context.Context) error {
 		if err := b.makeViews(ctx); err != nil {

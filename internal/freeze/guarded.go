@@ -37,6 +37,11 @@ type Options struct {
 	// HangTimeout is how long the backup may give no sign of life; 0 is DefaultHangTimeout.
 	HangTimeout time.Duration
 	Progress    progress.Sink
+	// ReadOnly tells that the work changes nothing of the instance: it may begin while the proof that nothing runs is
+	// still going on. Where that fails, the work is ended and its result lost.
+	ReadOnly bool
+	// Own are directories that the work writes to, which may lie inside the instance.
+	Own []string
 	// Observe, if not nil, gets the Record that Guarded is about to return.
 	Observe func(Record)
 
@@ -84,7 +89,7 @@ func Guarded(ctx context.Context, f Freezer, inst *ocis.Instance, o Options, fn 
 	if err := markBefore(ctx, &s.plan.Recipe); err != nil {
 		return s.Record(), err
 	}
-	s.run = &Run{Progress: s.o.Progress}
+	s.run = &Run{Progress: s.o.Progress, Own: s.o.Own}
 	ctx, s.cancel = context.WithCancelCause(ctx)
 	defer s.cancel(nil)
 	if err := ctx.Err(); err != nil {
@@ -297,7 +302,7 @@ func (s *session) hold(ctx context.Context, fn func(context.Context) error) (rec
 
 	err = s.stop(ctx)
 	if err == nil {
-		err = fn(ctx)
+		err = s.work(ctx, fn)
 	}
 	if err == nil {
 		err = s.verify(ctx)
@@ -307,10 +312,39 @@ func (s *session) hold(ctx context.Context, fn func(context.Context) error) (rec
 	return rec, err
 }
 
+// work calls fn, while the proof goes on if it does.
+func (s *session) work(ctx context.Context, fn func(context.Context) error) error {
+	if s.plan.Confirm == nil || !s.o.ReadOnly {
+		return fn(ctx)
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	confirmed := make(chan error, 1)
+	go func() {
+		err := s.plan.Confirm(ctx, s.run)
+		if err != nil {
+			cancel(err)
+		}
+		confirmed <- err
+	}()
+	defer cancel(nil)
+	err := fn(ctx)
+	if err != nil {
+		cancel(err)
+	}
+	// The proof says more than what ended because of it.
+	if busy := <-confirmed; err == nil || errors.As(busy, new(*BusyError)) {
+		err = busy
+	}
+	return err
+}
+
 // stop stops the instance and proves it.
 func (s *session) stop(ctx context.Context) error {
 	defer close(s.stopDone)
 	err := s.plan.Stop(ctx, s.run)
+	if err == nil && s.plan.Confirm != nil && !s.o.ReadOnly {
+		err = s.plan.Confirm(ctx, s.run)
+	}
 	for _, f := range s.run.Inherit {
 		f.Close() // what still has it is a stop command that goes on
 	}

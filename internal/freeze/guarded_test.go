@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -209,6 +210,72 @@ func (i *instance) atCommand(name, rest string) (command string, reached func() 
 				i.t.Fatal(err)
 			}
 		}
+}
+
+// Work that only reads begins before the second look at an instance that should be stopped, and ends when that finds a
+// server; what it writes into a directory of its own is no server.
+func TestGuardedReadOnly(t *testing.T) {
+	t.Parallel()
+	i := newInstance(t)
+	own := filepath.Join(i.inst.BasePath, "own")
+	if err := os.MkdirAll(own, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	link := filepath.Join(t.TempDir(), "link")
+	if err := os.Symlink(own, link); err != nil {
+		t.Fatal(err)
+	}
+	o := i.guardOptions()
+	o.ReadOnly, o.Own = true, []string{"", link}
+	writing := func(dir string, until time.Duration) func(context.Context) error {
+		return func(ctx context.Context) error {
+			for n, end := 0, time.Now().Add(until); time.Now().Before(end); n++ {
+				if err := os.WriteFile(filepath.Join(dir, "file"), fmt.Append(nil, n), 0o600); err != nil {
+					t.Error(err)
+				}
+				select {
+				case <-ctx.Done():
+					return errors.New("ended")
+				case <-time.After(time.Millisecond):
+				}
+			}
+			return nil
+		}
+	}
+	if _, err := Guarded(background(), None{}, i.inst, o, writing(own, 3*settlePause)); err != nil {
+		t.Errorf("own files: %v", err)
+	}
+	var busy *BusyError
+	if _, err := Guarded(background(), None{}, i.inst, o, writing(i.inst.BasePath, time.Minute)); !errors.As(err, &busy) || busy.Holders[0].How != HowChanges {
+		t.Errorf("a server that writes while the work goes on: %v", err)
+	}
+	// Work that ends at once waits for the proof, and work that fails does not.
+	begin := time.Now()
+	if _, err := Guarded(background(), None{}, i.inst, o, func(context.Context) error { return nil }); err != nil || time.Since(begin) < settlePause {
+		t.Errorf("no work: %v after %v", err, time.Since(begin))
+	}
+	if _, err := Guarded(background(), None{}, i.inst, o, func(context.Context) error { return io.ErrUnexpectedEOF }); !errors.Is(err, io.ErrUnexpectedEOF) {
+		t.Errorf("failed work: %v", err)
+	}
+	// Other work does not begin.
+	o.ReadOnly = false
+	end := make(chan struct{})
+	var server sync.WaitGroup
+	server.Go(func() {
+		for n := 0; ; n++ {
+			select {
+			case <-end:
+				return
+			case <-time.After(time.Millisecond):
+				_ = os.WriteFile(filepath.Join(i.inst.BasePath, "file"), fmt.Append(nil, n), 0o600)
+			}
+		}
+	})
+	if _, err := Guarded(background(), None{}, i.inst, o, func(context.Context) error { t.Error("the work began"); return nil }); !errors.As(err, &busy) {
+		t.Errorf("a server that writes: %v", err)
+	}
+	close(end)
+	server.Wait()
 }
 
 func TestGuarded(t *testing.T) {

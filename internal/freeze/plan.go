@@ -31,6 +31,10 @@ type Plan struct {
 	//
 	// Errors: *BusyError.
 	Stop func(ctx context.Context, run *Run) error
+	// Confirm, if not nil, ends the proof that Stop began. Work that only reads may go on meanwhile.
+	//
+	// Errors: *BusyError.
+	Confirm func(ctx context.Context, run *Run) error
 }
 
 // settlePause lies between the two looks of a proof. A supervisor that brings a server back at once
@@ -50,22 +54,41 @@ func (n None) Freeze(ctx context.Context, inst *ocis.Instance) (Frozen, error) {
 
 // Plan has nothing to start.
 func (n None) Plan(_ context.Context, inst *ocis.Instance) (*Plan, error) {
-	paths := Paths(inst)
+	var (
+		paths  = Paths(inst)
+		before map[string]fileMark // as Stop saw them
+		tries  int
+	)
+	// A passer-by, such as an index of file names, is gone soon. A server is not.
+	passing := func(ctx context.Context, u Usage) bool {
+		tries++
+		return len(u.Holders) > 0 && u.Holders[0].How != HowLock && tries <= 3 && sleep(ctx, 200*time.Millisecond)
+	}
 	return &Plan{
 		Recipe: Recipe{Kind: KindNone, Paths: paths},
 		Stop: func(ctx context.Context, run *Run) error {
-			for try := 0; ; try++ {
-				u, err := lookTwice(ctx, paths, run)
+			for {
+				u, marks, err := look(ctx, paths, run)
 				if err != nil {
 					return err
 				}
-				// A passer-by, such as an index of file names, is gone soon. A server is not.
-				if len(u.Holders) > 0 && u.Holders[0].How != HowLock && try < 3 && sleep(ctx, 200*time.Millisecond) {
+				if passing(ctx, u) {
 					continue
 				}
+				before = marks
 				warn(run, u)
 				return u.Err()
 			}
+		},
+		Confirm: func(ctx context.Context, run *Run) error {
+			u, err := lookAgain(ctx, paths, run, before)
+			for err == nil && passing(ctx, u) {
+				u, err = lookTwice(ctx, paths, run)
+			}
+			if err != nil {
+				return err
+			}
+			return u.Err()
 		},
 	}, nil
 }
@@ -98,23 +121,32 @@ func warn(run *Run, u Usage) {
 // lookTwice proves that nothing holds paths, now and a moment later, and that nothing changes in
 // between. It returns what it found first.
 func lookTwice(ctx context.Context, paths []string, run *Run) (Usage, error) {
-	look := func() (Usage, error) {
-		u, err := Look(ctx, paths, run.Except...)
-		u.Holders = slices.DeleteFunc(u.Holders, func(h Holder) bool { return !h.Writing && isHoldfast(h.PID) })
-		return u, err
-	}
-	u, err := look()
+	u, before, err := look(ctx, paths, run)
 	if err != nil || len(u.Holders) > 0 {
 		return u, err
 	}
-	before := fingerprint(paths)
-	if !sleep(ctx, settlePause) {
-		return u, context.Cause(ctx)
+	return lookAgain(ctx, paths, run, before)
+}
+
+// look returns who holds paths; if nobody does, also what the files there look like.
+func look(ctx context.Context, paths []string, run *Run) (Usage, map[string]fileMark, error) {
+	u, err := Look(ctx, paths, run.Except...)
+	u.Holders = slices.DeleteFunc(u.Holders, func(h Holder) bool { return !h.Writing && isHoldfast(h.PID) })
+	if err != nil || len(u.Holders) > 0 {
+		return u, nil, err
 	}
-	if u, err = look(); err != nil || len(u.Holders) > 0 {
+	return u, fingerprint(paths, run.Own), nil
+}
+
+// lookAgain is the second look of lookTwice.
+func lookAgain(ctx context.Context, paths []string, run *Run, before map[string]fileMark) (Usage, error) {
+	if !sleep(ctx, settlePause) {
+		return Usage{}, context.Cause(ctx)
+	}
+	u, after, err := look(ctx, paths, run)
+	if err != nil || len(u.Holders) > 0 {
 		return u, err
 	}
-	after := fingerprint(paths)
 	for path, mark := range after {
 		if was, ok := before[path]; !ok || was != mark {
 			u.Holders = append(u.Holders, Holder{Path: path, How: HowChanges, Writing: true})
@@ -143,11 +175,20 @@ type fileMark struct {
 
 // fingerprint marks the files near the top of paths. A server without locks (some services alone,
 // external directories) opens files for moments only; what it does shows here, if it is at work.
-func fingerprint(paths []string) map[string]fileMark {
+// What lies in own is left out.
+func fingerprint(paths, own []string) map[string]fileMark {
 	const (
 		depth = 3
 		limit = 4096 // some 10 ms of downtime
 	)
+	type inode struct{ dev, ino uint64 }
+	passed := map[inode]bool{}
+	for _, p := range own {
+		var st unix.Stat_t
+		if unix.Stat(p, &st) == nil { // it may be named through a link
+			passed[inode{st.Dev, st.Ino}] = true
+		}
+	}
 	marks := map[string]fileMark{}
 	type dir struct {
 		path  string
@@ -161,7 +202,7 @@ func fingerprint(paths []string) map[string]fileMark {
 		d := queue[0]
 		queue = queue[1:]
 		var st unix.Stat_t
-		if _, seen := marks[d.path]; seen || unix.Lstat(d.path, &st) != nil {
+		if _, seen := marks[d.path]; seen || unix.Lstat(d.path, &st) != nil || passed[inode{st.Dev, st.Ino}] {
 			continue
 		}
 		marks[d.path] = fileMark{int64(st.Ino), st.Size, st.Mtim, st.Ctim}
@@ -246,7 +287,11 @@ func freezePlain(ctx context.Context, p Planner, inst *ocis.Instance, sink progr
 	f := &frozen{recipe: plan.Recipe, run: &Run{Progress: sink}, begin: time.Now()}
 	f.record.Method = p.Method()
 	f.record.Stopping = f.begin.UTC()
-	if err := plan.Stop(ctx, f.run); err != nil {
+	err = plan.Stop(ctx, f.run)
+	if err == nil && plan.Confirm != nil {
+		err = plan.Confirm(ctx, f.run)
+	}
+	if err != nil {
 		thawErr := f.Thaw(context.WithoutCancel(ctx))
 		return nil, joinThaw(stillRuns(err, f.runs), thawErr)
 	}

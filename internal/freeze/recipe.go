@@ -80,6 +80,8 @@ type Run struct {
 	Inherit []*os.File
 	// Except are processes of Holdfast itself, which do not count as holders.
 	Except []int
+	// Own are directories that Holdfast itself writes to meanwhile; they may lie inside the instance.
+	Own []string
 	// Progress may be nil.
 	Progress progress.Sink
 }

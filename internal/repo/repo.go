@@ -267,6 +267,9 @@ func Open(ctx context.Context, be backend.Backend, password string, o Options) (
 // ID returns the repository's own ID, 64 hexadecimal digits.
 func (r *Repository) ID() string { return r.conf.ID }
 
+// Location names where the repository is, for people; of a local one it is the directory.
+func (r *Repository) Location() string { return r.be.Location() }
+
 // Version returns the version of the format: 1 or 2.
 func (r *Repository) Version() uint { return r.conf.Version }
 
