@@ -8,7 +8,6 @@ import (
 	"io/fs"
 	"os"
 	"os/signal"
-	"runtime"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -20,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 
+	"github.com/holdfast-backup/holdfast/internal/cpus"
 	"github.com/holdfast-backup/holdfast/internal/membudget"
 	"github.com/holdfast-backup/holdfast/internal/repo"
 	"github.com/holdfast-backup/holdfast/internal/settings"
@@ -94,6 +94,9 @@ func (a *app) run(args []string) int {
 		a.show()
 	}
 	code := exitCode(err)
+	if n := repo.WrongFrames(); n > 0 {
+		a.ui.Warn("compressed data did not decompress to the same %d times, and was stored in another way: nothing is lost, but the memory or the processor of this machine may be faulty; test them (memtest86+), and run holdfast check --read-data", n)
+	}
 	a.ui.Close()
 	if a.cut.Load() && errors.Is(err, syscall.EPIPE) {
 		return exitPipe // whoever read the list has seen enough
@@ -258,7 +261,7 @@ func (a *app) budget(c *cobra.Command) error {
 	}
 	var err error
 	var small *membudget.TooSmallError
-	a.mem, err = membudget.New(size, runtime.GOMAXPROCS(0), int64(packs)<<20)
+	a.mem, err = membudget.New(size, cpus.Count(), int64(packs)<<20)
 	switch {
 	case errors.As(err, &small) && small.PackSize != 0:
 		return ui.WithHints(fmt.Errorf("--memory: %w", err), "Or choose a smaller --pack-size.")

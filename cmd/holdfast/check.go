@@ -3,11 +3,11 @@ package main
 import (
 	"context"
 	"fmt"
-	"runtime"
 
 	"github.com/spf13/cobra"
 
 	"github.com/holdfast-backup/holdfast/internal/bucket"
+	"github.com/holdfast-backup/holdfast/internal/cpus"
 	"github.com/holdfast-backup/holdfast/internal/repo"
 	"github.com/holdfast-backup/holdfast/internal/snapshot"
 	"github.com/holdfast-backup/holdfast/internal/ui"
@@ -61,7 +61,7 @@ func (a *app) check(ctx context.Context, r *repo.Repository, readData bool) erro
 		return err
 	}
 	rep, err := verify.Run(ctx, r, verify.Options{
-		ReadData: readData, Progress: a.ui.Sink(), Spaces: min(a.mem.Workers, runtime.GOMAXPROCS(0)),
+		ReadData: readData, Progress: a.ui.Sink(), Spaces: min(a.mem.Workers, cpus.Count()),
 		Remember: int64(a.mem.Batch),
 		Bucket: func(ctx context.Context, st *snapshot.Store) (*bucket.Bucket, error) {
 			return a.openSource(ctx, nil, st)

@@ -6,12 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"runtime"
 	"strconv"
 	"strings"
 
 	"github.com/spf13/cobra"
 
+	"github.com/holdfast-backup/holdfast/internal/cpus"
 	"github.com/holdfast-backup/holdfast/internal/freeze"
 	"github.com/holdfast-backup/holdfast/internal/ocis"
 	"github.com/holdfast-backup/holdfast/internal/repo"
@@ -42,7 +42,7 @@ type restoreFlags struct {
 
 // restoreLimits is what --memory leaves to a restore.
 func (a *app) restoreLimits() restore.Limits {
-	return restore.Limits{Workers: min(a.mem.Workers, runtime.GOMAXPROCS(0)), Windows: a.mem.Windows, Batch: a.mem.Batch, ObjectRoom: a.mem.Objects}
+	return restore.Limits{Workers: min(a.mem.Workers, cpus.Count()), Windows: a.mem.Windows, Batch: a.mem.Batch, ObjectRoom: a.mem.Objects}
 }
 
 func (a *app) restoreCommand() *cobra.Command {

@@ -15,7 +15,6 @@ import (
 	"io"
 	"path"
 	"path/filepath"
-	"runtime"
 	"sort"
 	"strings"
 	"sync"
@@ -24,6 +23,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/holdfast-backup/holdfast/internal/cpus"
 	"github.com/holdfast-backup/holdfast/internal/ocis"
 	"github.com/holdfast-backup/holdfast/internal/progress"
 	"github.com/holdfast-backup/holdfast/internal/repo"
@@ -71,7 +71,7 @@ type Limits struct {
 	// Workers is how many groups and files are read at once, each with up to 9 MiB of buffers; 0: twice the processors,
 	// which keeps the disk busy, up to 16.
 	Workers int
-	// Compressors is how many chunks are compressed at once, each with up to 14 MiB; 0: one for each processor, since more
+	// Compressors is how many chunks are compressed at once, each with up to 10 MiB; 0: one for each processor, since more
 	// would only cost memory.
 	Compressors int
 	// Spaces is how many spaces are read at once, each with tables of its nodes and blobs; 0: 3, because each has moments in
@@ -83,10 +83,10 @@ type Limits struct {
 
 func (l *Limits) setDefaults() {
 	if l.Workers <= 0 {
-		l.Workers = min(2*runtime.GOMAXPROCS(0), 16)
+		l.Workers = min(2*cpus.Count(), 16)
 	}
 	if l.Compressors <= 0 {
-		l.Compressors = runtime.GOMAXPROCS(0)
+		l.Compressors = cpus.Count()
 	}
 	if l.Spaces <= 0 {
 		l.Spaces = 3

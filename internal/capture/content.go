@@ -208,18 +208,25 @@ func (s *saver) file(ctx context.Context, f *file, e *entry, wantSHA1 bool) (con
 	return c, nil
 }
 
+// firstChunk returns the first chunk of p, or nothing where more of the content, which follows without eof, decides
+// where it ends. To wait for that until the largest chunk fits would be to move half of a buffer at each turn.
+func firstChunk(c *chunk.Chunker, p []byte, eof bool) []byte {
+	n := c.Cut(p)
+	if n == len(p) && !eof && n < c.Params().Max {
+		return nil
+	}
+	return p[:n]
+}
+
 // cutAll saves the chunks of p, several at once, and returns how many bytes they took. Without eof
-// the rest that is shorter than the largest chunk stays. With h it adds them to it: that goes in order, and
+// the last piece, of which the end is not known, stays. With h it adds them to it: that goes in order, and
 // gives the ids of the chunks along the way.
 func (s *saver) cutAll(ctx context.Context, p []byte, eof bool, h *sums.SHA1, c *content) (int, error) {
 	used := 0
 	next := func() []byte {
-		if used == len(p) || !eof && len(p)-used < fileChunks.Max {
-			return nil
-		}
-		start := used
-		used += s.files.Cut(p[start:])
-		return p[start:used]
+		part := firstChunk(s.files, p[used:], eof)
+		used += len(part)
+		return part
 	}
 	one := func(ctx context.Context, part []byte, d *id.ID) (err error) {
 		if h == nil {
@@ -229,7 +236,7 @@ func (s *saver) cutAll(ctx context.Context, p []byte, eof bool, h *sums.SHA1, c 
 		return s.saveAs(ctx, *d, part)
 	}
 	first := next()
-	if first == nil {
+	if len(first) == 0 {
 		return 0, nil
 	}
 	ids, n := make([]id.ID, 1+len(p)/fileChunks.Min), 1 // only the last can be shorter
@@ -237,14 +244,14 @@ func (s *saver) cutAll(ctx context.Context, p []byte, eof bool, h *sums.SHA1, c 
 		ids[0] = h.Sum256(first)
 	}
 	part := next()
-	if part == nil { // most files: no goroutine for them
+	if len(part) == 0 { // most files: no goroutine for them
 		if err := one(ctx, first, &ids[0]); err != nil {
 			return used, err
 		}
 	} else {
 		g, gctx := errgroup.WithContext(ctx)
 		g.Go(func() error { return one(gctx, first, &ids[0]) })
-		for ; part != nil; part = next() {
+		for ; len(part) > 0; part = next() {
 			p, d := part, &ids[n]
 			n++
 			if h != nil {
@@ -408,14 +415,17 @@ type stream struct {
 // drain saves what is complete; with all it saves everything.
 func (st *stream) drain(ctx context.Context, all bool) error {
 	used := 0
-	for used < len(st.buf) && (all || len(st.buf)-used >= tarChunks.Max) {
-		n := st.s.tars.Cut(st.buf[used:])
-		d, err := st.s.save(ctx, st.buf[used:used+n])
+	for {
+		part := firstChunk(st.s.tars, st.buf[used:], all)
+		if len(part) == 0 {
+			break
+		}
+		d, err := st.s.save(ctx, part)
 		if err != nil {
 			return fmt.Errorf("save metadata: %w", err)
 		}
 		st.ids = append(st.ids, d)
-		used += n
+		used += len(part)
 	}
 	st.size += int64(used)
 	st.buf = st.buf[:copy(st.buf, st.buf[used:])]

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"io/fs"
-	"runtime"
 	"strings"
 	"time"
 	"unsafe"
@@ -13,6 +12,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"github.com/holdfast-backup/holdfast/internal/cpus"
 	"github.com/holdfast-backup/holdfast/internal/ocis"
 )
 
@@ -67,7 +67,7 @@ func (s *store) look(ctx context.Context, rel string, l *listing, seen timespec,
 	}
 	// A large space is shared out by what lies in the directories of its top.
 	g, gctx := errgroup.WithContext(ctx)
-	g.SetLimit(runtime.GOMAXPROCS(0))
+	g.SetLimit(cpus.Count())
 	parts := k.split(gctx, g, young)
 	if err := g.Wait(); err != nil {
 		return nil, err

@@ -6,7 +6,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -14,6 +13,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/holdfast-backup/holdfast/internal/cpus"
 	"github.com/holdfast-backup/holdfast/internal/mountinfo"
 	"github.com/holdfast-backup/holdfast/internal/ocis"
 	"github.com/holdfast-backup/holdfast/internal/progress"
@@ -163,7 +163,7 @@ func (b *builder) measure(ctx context.Context) error {
 		}
 		if st.IsDir() {
 			g, gctx := errgroup.WithContext(ctx)
-			g.SetLimit(max(4, runtime.GOMAXPROCS(0)))
+			g.SetLimit(max(4, cpus.Count()))
 			w.group = g
 			err := w.dir(gctx, d.Path)
 			if e := g.Wait(); err == nil {

@@ -101,7 +101,7 @@ func New(size int64, procs int, packSize int64) (Budget, error) {
 	// One is being filled for each type of blob, and one waits to be hashed with the next; three more keep a disk busy during its syncs, and
 	// many processors fill more than that.
 	b.PackBuffers = part(30, b.PackSize, 2, max(6, 3+procs/2))
-	b.Compressors = part(20, 14*mib, 1, procs)
+	b.Compressors = part(20, 10*mib, 1, procs)
 	// Twice the processors keep the disk busy. Each holds a buffer of 8 MiB for a large file, and one for headers.
 	b.Workers = part(30, 9*mib, 1, min(2*procs, 16))
 	// Three, because each has moments in which it waits for its last file. Each has tables that grow with the space.

@@ -51,7 +51,7 @@ func putIndex(t *testing.T, r *Repository, packs ...pendingPack) {
 func putPack(r *Repository, be *mem.Backend, blobs ...[]byte) pendingPack {
 	w := pack.NewWriter(nil)
 	for _, b := range blobs {
-		w.Add(DataBlob, id.Hash(b), r.key.Seal(nil, b), 0)
+		add(w, DataBlob, id.Hash(b), r.key.Seal(nil, b), 0)
 	}
 	file, entries := w.Finish(r.key)
 	p := pendingPack{id: id.Hash(file), blobs: entries}
@@ -135,26 +135,26 @@ func TestCheckFindings(t *testing.T) {
 		{"wrong plain length", func(t *testing.T, be *mem.Backend, r *Repository) {
 			w := pack.NewWriter(nil)
 			plain := text(1, 1000)
-			out, _, err := compressBlob(nil, plain, CompressionAuto, DataBlob)
+			out, _, err := new(compressor).blob(plain, CompressionAuto, DataBlob)
 			if err != nil {
 				t.Fatal(err)
 			}
-			w.Add(DataBlob, id.Hash(plain), r.key.Seal(nil, out), 1001)
+			add(w, DataBlob, id.Hash(plain), r.key.Seal(nil, out), 1001)
 			file, entries := w.Finish(r.key)
 			be.Put(packHandle(id.Hash(file)), file)
 			putIndex(t, r, pendingPack{id: id.Hash(file), blobs: entries})
 		}, nil, []Problem{PackDamaged}, nil},
 		{"blob under a wrong ID", func(t *testing.T, be *mem.Backend, r *Repository) {
 			w := pack.NewWriter(nil)
-			w.Add(DataBlob, id.Hash([]byte("a")), r.key.Seal(nil, []byte("b")), 0)
+			add(w, DataBlob, id.Hash([]byte("a")), r.key.Seal(nil, []byte("b")), 0)
 			file, entries := w.Finish(r.key)
 			be.Put(packHandle(id.Hash(file)), file)
 			putIndex(t, r, pendingPack{id: id.Hash(file), blobs: entries})
 		}, nil, []Problem{PackDamaged}, nil},
 		{"data and trees mixed", func(t *testing.T, be *mem.Backend, r *Repository) {
 			w := pack.NewWriter(nil)
-			w.Add(DataBlob, id.Hash([]byte("a")), r.key.Seal(nil, []byte("a")), 0)
-			w.Add(TreeBlob, id.Hash([]byte("a")), r.key.Seal(nil, []byte("a")), 0)
+			add(w, DataBlob, id.Hash([]byte("a")), r.key.Seal(nil, []byte("a")), 0)
+			add(w, TreeBlob, id.Hash([]byte("a")), r.key.Seal(nil, []byte("a")), 0)
 			file, entries := w.Finish(r.key)
 			be.Put(packHandle(id.Hash(file)), file)
 			putIndex(t, r, pendingPack{id: id.Hash(file), blobs: entries})
@@ -281,4 +281,8 @@ func TestSeveralCopies(t *testing.T) {
 			t.Errorf("LoadBlobs: %d, %v", n, err)
 		}
 	}
+}
+
+func add(w *pack.Writer, t BlobType, blob ID, sealed []byte, plain uint32) {
+	copy(w.Reserve(t, blob, len(sealed), plain), sealed)
 }

@@ -6,11 +6,12 @@ import (
 	"fmt"
 	"math"
 	"math/bits"
-	"runtime"
 	"sync"
+	"sync/atomic"
 
 	"github.com/klauspost/compress/zstd"
 
+	"github.com/holdfast-backup/holdfast/internal/cpus"
 	"github.com/holdfast-backup/holdfast/internal/repo/zstdfast"
 )
 
@@ -60,17 +61,14 @@ func (c Compression) String() string {
 // restic writes the default level with a window of 512 KiB.
 const windowMax = 8 << 20 // what decoders must be able to hold stays small
 
-// The encoder and the decoders keep one state for each processor and may be called concurrently.
+// The encoders and the decoders keep one state for each processor and may be called concurrently.
 var (
 	encoderMax = sync.OnceValue(func() *zstd.Encoder {
-		e, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedBestCompression), zstd.WithWindowSize(windowMax), zstd.WithEncoderCRC(false),
-			// Off: a single-segment frame makes the content the window, which readers limit.
-			zstd.WithSingleSegment(false),
-			zstd.WithEncoderConcurrency(runtime.GOMAXPROCS(0)))
-		if err != nil {
-			panic(err) // constant options
-		}
-		return e
+		return newEncoder(zstd.WithEncoderLevel(zstd.SpeedBestCompression), zstd.WithWindowSize(windowMax))
+	})
+	// encoderOther is for what the usual one got wrong.
+	encoderOther = sync.OnceValue(func() *zstd.Encoder {
+		return newEncoder(zstd.WithEncoderLevel(zstd.SpeedDefault), zstd.WithWindowSize(zstdfast.Window))
 	})
 
 	// Readers of the format accept windows up to 512 MiB. The capacity limit makes the size that
@@ -83,71 +81,159 @@ var (
 	})
 )
 
+func newEncoder(o ...zstd.EOption) *zstd.Encoder {
+	e, err := zstd.NewWriter(nil, append(o, zstd.WithEncoderCRC(false),
+		// Off: a single-segment frame makes the content the window, which readers limit.
+		zstd.WithSingleSegment(false),
+		zstd.WithEncoderConcurrency(cpus.Count()))...)
+	if err != nil {
+		panic(err) // constant options
+	}
+	return e
+}
+
 func newDecoder(o zstd.DOption) *zstd.Decoder {
-	d, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(runtime.GOMAXPROCS(0)), zstd.WithDecoderMaxWindow(512<<20), o)
+	d, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(cpus.Count()), zstd.WithDecoderMaxWindow(512<<20), o)
 	if err != nil {
 		panic(err)
 	}
 	return d
 }
 
-// fastEncoders holds the encoders that are not in use, one for each processor.
-var fastEncoders = sync.OnceValue(func() chan *zstdfast.Encoder {
-	return make(chan *zstdfast.Encoder, runtime.GOMAXPROCS(0))
-})
+// compressor is what one goroutine needs to compress. The zero value is ready.
+type compressor struct {
+	fast      zstdfast.Encoder
+	out, back []byte             // room for the frame, and for what becomes of it
+	spoil     func(frame []byte) // nil but in tests: damages a frame before it is compared
+}
 
-// compressFast appends the frame of data to dst.
-func compressFast(dst, data []byte) []byte {
-	free := fastEncoders()
-	var e *zstdfast.Encoder
+// compressors are those not in use. There is no pool: a collection would empty it, and the kernel clears each page of the next.
+type compressors chan *compressor
+
+func newCompressors() compressors { return make(chan *compressor, cpus.Count()+1) }
+
+func (l compressors) take() *compressor {
 	select {
-	case e = <-free:
+	case c := <-l:
+		return c
 	default:
-		e = new(zstdfast.Encoder)
+		return new(compressor)
 	}
-	out := e.Append(dst, data)
+}
+
+func (l compressors) release(c *compressor) {
+	// A giant must not stay for ever.
+	if cap(c.out) > keptRoom {
+		c.out = nil
+	}
+	if cap(c.back) > keptRoom {
+		c.back = nil
+	}
 	select {
-	case free <- e:
+	case l <- c:
 	default:
 	}
-	return out
+}
+
+// keptRoom is the size up to which the rooms of a compressor are kept, in bytes: that of the largest chunks.
+const keptRoom = 4<<20 + roomStep
+
+const roomStep = 64 << 10
+
+// room returns buf if it has room for n bytes, or else a larger one.
+func room(buf []byte, n int) []byte {
+	if cap(buf) < n {
+		buf = make([]byte, 0, (n+n/8+roomStep-1)/roomStep*roomStep)
+		if n <= keptRoom {
+			buf = buf[:0:min(cap(buf), keptRoom)]
+		}
+	}
+	return buf[:0]
 }
 
 // decodeSlack is how much room behind the content, in bytes, lets the decoder copy without looking at each
 // byte's place: half again as fast for blobs of a block or two.
 const decodeSlack = 32
 
+// frameSlack is more than a frame is longer than what it holds, in bytes: its header, and three for each block of 128 KiB.
+func frameSlack(n int) int { return 512 + n>>12 }
+
 // worthIt says whether n bytes instead of plain are a gain: less than 3 % is not worth the reader's time.
 func worthIt(n, plain int) bool { return n < plain-plain/32 }
 
-// compressBlob appends the compressed form of data to dst. It returns false if data is better
-// stored as it is.
+// encode returns the frame of data, which holds until the next call.
+func (c *compressor) encode(data []byte, hard bool) []byte {
+	c.out = room(c.out, len(data)+frameSlack(len(data)))
+	if hard {
+		c.out = encoderMax().EncodeAll(data, c.out)
+	} else {
+		c.out = c.fast.Append(c.out, data)
+	}
+	return c.out
+}
+
+// proven returns out if it decompresses to data, or else a frame of another encoder that does.
 //
 // What was compressed is decompressed again and compared: a flaw in the encoder or a flipped bit in memory
 // would otherwise be found when the file is needed. Measured (BenchmarkCompressBlob), that costs 6 to 18 %
 // of the time of compressing, and nothing for data that is stored as it is.
-func compressBlob(dst, data []byte, c Compression, t BlobType) ([]byte, bool, error) {
-	if t == DataBlob && (c == CompressionOff || len(data) < 32 || (c == CompressionAuto && incompressible(data))) {
-		return dst, false, nil
+func (c *compressor) proven(out, data []byte) ([]byte, error) {
+	first := c.compare(out, data)
+	if first == nil {
+		return out, nil
 	}
-	n := len(dst)
-	var out []byte
-	if c == CompressionMax {
-		out = encoderMax().EncodeAll(data, dst)
-	} else {
-		out = compressFast(dst, data)
+	wrongFrames.Add(1)
+	c.fast = zstdfast.Encoder{} // the flipped bit may be in it
+	c.out = encoderOther().EncodeAll(data, room(c.out, len(data)+frameSlack(len(data))))
+	if err := c.compare(c.out, data); err != nil {
+		return nil, fmt.Errorf("compressed data does not decompress to the same, with two encoders; the memory or the processor may be faulty: test them, and run the backup again (first: %w; then: %w)", first, err)
 	}
+	return c.out, nil
+}
+
+func (c *compressor) compare(out, data []byte) error {
+	if c.spoil != nil {
+		c.spoil(out)
+	}
+	c.back = room(c.back, len(data)+decodeSlack)
+	back, err := decoder().DecodeAll(out, c.back[:0:len(data)+decodeSlack])
+	if err == nil && !bytes.Equal(back, data) {
+		err = errors.New("other content")
+	}
+	return err
+}
+
+// wrongFrames counts the frames that did not decompress to what they were made of.
+var wrongFrames atomic.Int64
+
+// WrongFrames tells how many times compressed data did not decompress to the same and was compressed by another encoder, since the
+// process began. Each is a sign of a faulty machine, or of a flaw in package zstdfast.
+func WrongFrames() int64 { return wrongFrames.Load() }
+
+// blob returns the compressed form of data, which holds until the next call, or false if data is better stored as it is.
+func (c *compressor) blob(data []byte, mode Compression, t BlobType) ([]byte, bool, error) {
+	if t == DataBlob && (mode == CompressionOff || len(data) < 32 || (mode == CompressionAuto && c.incompressible(data))) {
+		return nil, false, nil
+	}
+	out := c.encode(data, mode == CompressionMax)
 	// Trees are compressed in any case: prune would otherwise pack them again.
-	if t == DataBlob && !worthIt(len(out)-n, len(data)) {
-		return dst, false, nil
+	if t == DataBlob && !worthIt(len(out), len(data)) {
+		return nil, false, nil
 	}
-	check := getBuffer(len(data) + decodeSlack)
-	defer putBuffer(check)
-	back, err := decoder().DecodeAll(out[n:], (*check)[:0:len(data)+decodeSlack])
-	if err != nil || !bytes.Equal(back, data) {
-		return dst, false, fmt.Errorf("compressed data does not decompress to the same; the memory or the processor may be faulty (%v)", err)
+	out, err := c.proven(out, data)
+	return out, err == nil, err
+}
+
+// file returns the compressed form of a small file, or plain, which is JSON: readers take both.
+func (c *compressor) file(plain []byte) []byte {
+	c.out = append(room(c.out, 1+len(plain)+frameSlack(len(plain))), zstdMark)
+	c.out = c.fast.Append(c.out, plain)
+	if err := c.compare(c.out[1:], plain); err != nil {
+		wrongFrames.Add(1)
+		c.fast = zstdfast.Encoder{}
+		return plain
 	}
-	return out, true, nil
+	return c.out
 }
 
 const (
@@ -159,7 +245,7 @@ const (
 // incompressible says, from samples, that zstd would not gain 3 %. Videos, photos, archives and
 // encrypted files are like that, and most of the bytes on many servers. It costs some 30 µs, and
 // 3 µs for data that is plainly compressible; zstd itself needs 0.6 ms for a mebibyte of noise.
-func incompressible(data []byte) bool {
+func (c *compressor) incompressible(data []byte) bool {
 	if len(data) < 2*trialSize {
 		return false // cheap enough to try
 	}
@@ -182,10 +268,8 @@ func incompressible(data []byte) bool {
 		return false
 	}
 	// Evenly spread bytes may still repeat: try a piece from the middle and one from the end.
-	buf := getBuffer(trialSize + 1024)
-	defer putBuffer(buf)
 	for _, at := range []int{len(data)/2 - trialSize/2, len(data) - trialSize} {
-		if worthIt(len(compressFast((*buf)[:0], data[at:at+trialSize])), trialSize) {
+		if worthIt(len(c.encode(data[at:at+trialSize], false)), trialSize) {
 			return false
 		}
 	}
@@ -210,10 +294,6 @@ func decompressBlob(dst, data []byte, size int) ([]byte, error) {
 
 // zstdMark is the first byte of a compressed small file. Others begin with a bracket.
 const zstdMark = 2
-
-func compressFile(plain []byte) []byte {
-	return compressFast(append(make([]byte, 0, len(plain)/2+64), zstdMark), plain)
-}
 
 func decompressFile(p []byte) ([]byte, error) {
 	if len(p) == 0 {

@@ -73,7 +73,9 @@ func (r *Repository) SaveUnpacked(ctx context.Context, t backend.FileType, plain
 		}
 	}
 	if r.conf.Version >= 2 {
-		plain = compressFile(plain)
+		c := r.compressors.take()
+		defer r.compressors.release(c)
+		plain = c.file(plain)
 	}
 	sealed := r.key.Seal(nil, plain)
 	name := id.Hash(sealed)

@@ -16,13 +16,13 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"runtime"
 	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/holdfast-backup/holdfast/internal/backend"
+	"github.com/holdfast-backup/holdfast/internal/cpus"
 	"github.com/holdfast-backup/holdfast/internal/repo/crypto"
 	"github.com/holdfast-backup/holdfast/internal/repo/id"
 	"github.com/holdfast-backup/holdfast/internal/repo/index"
@@ -103,6 +103,8 @@ type Repository struct {
 	kdf   KDF
 	clock clock
 
+	compressors compressors
+
 	mu  sync.RWMutex
 	idx *index.Index // guarded by mu
 
@@ -159,13 +161,14 @@ func newRepository(be backend.Backend, o Options) *Repository {
 	o.PackBuffers = max(o.PackBuffers, 2) // both types of blob may have a pack open
 	if o.Readers <= 0 {
 		// Enough to hide the latency of a server, few enough that what they hold in memory stays small.
-		o.Readers = min(max(runtime.GOMAXPROCS(0), 4), 16)
+		o.Readers = min(max(cpus.Count(), 4), 16)
 	}
 	return &Repository{
 		be: be, opts: o, kdf: crypto.DefaultKDF, idx: index.New(index.Options{}),
-		clock:      clock{time.Now, realSleep},
-		indexSem:   make(chan struct{}, 1),
-		indexBlobs: 50_000, indexAge: 10 * time.Minute, unlockTime: time.Minute,
+		clock:       clock{time.Now, realSleep},
+		compressors: newCompressors(),
+		indexSem:    make(chan struct{}, 1),
+		indexBlobs:  50_000, indexAge: 10 * time.Minute, unlockTime: time.Minute,
 	}
 }
 

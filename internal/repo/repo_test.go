@@ -643,7 +643,7 @@ func TestIncompressible(t *testing.T) {
 		"small":    {noise(3, 1000), false},
 		"half":     {append(noise(4, 1<<19), text(5, 1<<19)...), false},
 	} {
-		if got := incompressible(c.data); got != c.want {
+		if got := new(compressor).incompressible(c.data); got != c.want {
 			t.Errorf("%s: %v", name, got)
 		}
 	}
@@ -657,9 +657,59 @@ func TestIncompressible(t *testing.T) {
 	}
 }
 
+// A frame that does not give back what it was made of is replaced by that of another encoder; only if that is wrong, too, nothing can
+// be stored.
+func TestWrongFrame(t *testing.T) {
+	ctx := context.Background()
+	r := initRepo(t, mem.New(), InitOptions{})
+	wrong := 0
+	flip := func(frame []byte) {
+		if wrong > 0 {
+			wrong--
+			frame[len(frame)-2] ^= 4
+		}
+	}
+	spoiled := func(n int) {
+		for len(r.compressors) > 0 {
+			<-r.compressors
+		}
+		wrong = n
+		r.compressors <- &compressor{spoil: flip}
+	}
+	before := WrongFrames()
+	body := []byte(`{"tree":"` + strings.Repeat("abc", 5000) + `"}`)
+	spoiled(1)
+	name, err := r.SaveUnpacked(ctx, backend.SnapshotFile, body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := r.LoadUnpacked(ctx, backend.SnapshotFile, name); err != nil || !bytes.Equal(got, body) {
+		t.Errorf("a snapshot of which the frame was wrong: %v, the same: %v", err, bytes.Equal(got, body))
+	}
+
+	w := r.NewWriter(ctx)
+	spoiled(1)
+	data := text(3, 70_000)
+	blob, _ := save(t, w, DataBlob, data)
+	if err := w.Flush(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := r.LoadBlob(ctx, DataBlob, blob, nil); err != nil || !bytes.Equal(got, data) {
+		t.Errorf("a blob of which the frame was wrong: %v, the same: %v", err, bytes.Equal(got, data))
+	}
+	if n := WrongFrames() - before; n != 2 {
+		t.Errorf("%d wrong frames were counted, want 2", n)
+	}
+
+	spoiled(2)
+	if _, _, err := w.Save(ctx, DataBlob, text(4, 70_000)); err == nil || !strings.Contains(err.Error(), "memory") {
+		t.Errorf("two wrong frames: %v", err)
+	}
+}
+
 // The size that the index tells bounds what a blob can become in memory.
 func TestWrongPlainSize(t *testing.T) {
-	out, ok, err := compressBlob(nil, make([]byte, 1<<20), CompressionAuto, DataBlob)
+	out, ok, err := new(compressor).blob(make([]byte, 1<<20), CompressionAuto, DataBlob)
 	if err != nil || !ok {
 		t.Fatal(ok, err)
 	}

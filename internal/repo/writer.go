@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/holdfast-backup/holdfast/internal/backend"
@@ -19,7 +20,7 @@ const (
 	// defaultPackBuffers is how many pack buffers a Writer has: one being filled for each type of blob,
 	// one that waits to be hashed with the next, and three being hashed and uploaded, which keeps a disk busy during its syncs. With packs of
 	// 16 MiB that bounds a Writer at 96 MiB; each goroutine in Save adds a chunk and its
-	// compressed and sealed forms (some MiB), and each blob in an open pack about 100 bytes.
+	// compressed form and what that decompresses to (some MiB), and each blob in an open pack about 100 bytes.
 	defaultPackBuffers = 6
 	// pairBuffers is from how many buffers on a pack waits for another: two packs are hashed in two thirds of the time that they take one
 	// after the other. With fewer too little would be under way.
@@ -47,7 +48,13 @@ type blobKey struct {
 // packer is the open pack of one type.
 type packer struct {
 	sem chan struct{} // a mutex that a context can interrupt
-	w   *pack.Writer  // nil: none open
+	w   *openPack     // nil: none open
+}
+
+// openPack is a pack that blobs are sealed into.
+type openPack struct {
+	*pack.Writer
+	users atomic.Int32 // who seals into it, and one while it is open
 }
 
 // Writer stores blobs. It is safe for concurrent use. After an error that leaves a blob unstored,
@@ -60,8 +67,8 @@ type Writer struct {
 
 	mu       sync.Mutex
 	inFlight map[blobKey]struct{} // guarded by mu: saved by this Writer, not yet in the index
-	uploads  int                  // guarded by mu
-	changed  chan struct{}        // guarded by mu: closed and renewed when an upload ends
+	uploads  int                  // guarded by mu: packs that are closed and not yet durable, but for the one that waits
+	changed  chan struct{}        // guarded by mu: closed and renewed when there is one less of them
 	full     int                  // guarded by mu: packs so far
 	waiting  *pack.Writer         // guarded by mu: a full pack that is stored together with the next
 	err      error                // guarded by mu
@@ -166,40 +173,37 @@ func (w *Writer) save(ctx context.Context, t BlobType, blob ID, data []byte, aga
 	plain := data
 	var size uint32
 	if w.r.conf.Version >= 2 {
-		buf := getBuffer(len(data) + 1024)
-		defer putBuffer(buf)
-		out, smaller, err := compressBlob((*buf)[:0], data, w.r.opts.Compression, t)
+		c := w.r.compressors.take()
+		defer w.r.compressors.release(c)
+		out, smaller, err := c.blob(data, w.r.opts.Compression, t)
 		if err != nil {
 			return false, w.fail(fmt.Errorf("save %v blob %s: %w", t, blob.Short(), err))
 		}
 		if smaller {
-			*buf, plain, size = out, out, uint32(len(data))
+			plain, size = out, uint32(len(data))
 		}
 	}
-	sealed := getBuffer(len(plain) + crypto.Overhead)
-	defer putBuffer(sealed)
-	*sealed = w.r.key.Seal((*sealed)[:0], plain)
-	if err := w.add(ctx, t, blob, *sealed, size); err != nil {
+	if err := w.add(ctx, t, blob, plain, size); err != nil {
 		return false, w.fail(fmt.Errorf("save %v blob %s: %w", t, blob.Short(), err))
 	}
 	w.mu.Lock()
 	w.stats.NewBlobs[t]++
 	w.stats.PlainBytes[t] += int64(len(data))
-	w.stats.StoredBytes[t] += int64(len(*sealed)) + pack.EntrySize(size != 0)
+	w.stats.StoredBytes[t] += int64(len(plain)) + crypto.Overhead + pack.EntrySize(size != 0)
 	w.mu.Unlock()
 	return true, nil
 }
 
-// add puts a sealed blob into the open pack of its type.
-func (w *Writer) add(ctx context.Context, t BlobType, blob ID, sealed []byte, plain uint32) error {
-	p := &w.packers[t]
+// add seals content into the open pack of its type. size is as in pack.Entry.
+func (w *Writer) add(ctx context.Context, t BlobType, blob ID, content []byte, size uint32) error {
+	p, n := &w.packers[t], len(content)+crypto.Overhead
 	if err := p.lock(ctx, w.ctx); err != nil {
 		return err
 	}
-	defer p.unlock()
-	// Closed before it overflows, a pack keeps to its buffer; only a giant blob outgrows it.
-	if p.w != nil && (p.w.Size()+int64(len(sealed))+41 > w.r.opts.PackSize || p.w.Count() >= maxPackBlobs) {
-		w.upload(p)
+	// Closed before it overflows, a pack keeps to its buffer; only a giant blob outgrows it, and is alone then: nobody
+	// else seals into the buffer that is left behind.
+	if p.w != nil && (p.w.Size()+int64(n)+41 > w.r.opts.PackSize || p.w.Count() >= maxPackBlobs) {
+		w.close(p)
 	}
 	if p.w == nil {
 		select {
@@ -207,17 +211,25 @@ func (w *Writer) add(ctx context.Context, t BlobType, blob ID, sealed []byte, pl
 			if buf == nil {
 				buf = make([]byte, 0, w.r.opts.PackSize)
 			}
-			p.w = pack.NewWriter(buf)
+			p.w = &openPack{Writer: pack.NewWriter(buf)}
+			p.w.users.Store(1)
 		case <-ctx.Done():
+			p.unlock()
 			return context.Cause(ctx)
 		case <-w.ctx.Done():
+			p.unlock()
 			return context.Cause(w.ctx)
 		}
 	}
-	p.w.Add(t, blob, sealed, plain)
-	if p.w.Size() >= w.r.opts.PackSize {
-		w.upload(p)
+	o := p.w
+	room := o.Reserve(t, blob, n, size)
+	o.users.Add(1)
+	if o.Size() >= w.r.opts.PackSize {
+		w.close(p)
 	}
+	p.unlock()
+	w.r.key.Seal(room[:0], content)
+	w.leave(o)
 	return nil
 }
 
@@ -234,23 +246,43 @@ func (p *packer) lock(ctx, ctx2 context.Context) error {
 
 func (p *packer) unlock() { <-p.sem }
 
-// upload takes the open pack and stores it in the background, perhaps together with the next. The number of buffers bounds how many
-// are stored at a time.
-func (w *Writer) upload(p *packer) {
-	packs := []*pack.Writer{p.w}
+// close ends the open pack, which is stored when the last blob is sealed. The caller holds the lock of p.
+func (w *Writer) close(p *packer) {
+	o := p.w
 	p.w = nil
+	w.mu.Lock()
+	w.uploads++
+	w.mu.Unlock()
+	w.leave(o)
+}
+
+// leave stores a pack in the background, perhaps together with the next, once it is closed and nobody seals into it any more. The number
+// of buffers bounds how many are stored at a time.
+func (w *Writer) leave(o *openPack) {
+	if o.users.Add(-1) > 0 {
+		return
+	}
+	packs := []*pack.Writer{o.Writer}
 	w.mu.Lock()
 	switch {
 	case w.waiting != nil:
 		packs = append(packs, w.waiting)
 		w.waiting = nil
+		w.uploads++
 	case cap(w.free) >= pairBuffers && w.full >= pairAfter:
 		w.waiting, packs = packs[0], nil
+		w.ended()
 	}
 	w.full++
-	w.uploads += len(packs)
 	w.mu.Unlock()
 	w.store(packs)
+}
+
+// ended takes one from the uploads under way. The caller holds w.mu.
+func (w *Writer) ended() {
+	w.uploads--
+	close(w.changed)
+	w.changed = make(chan struct{})
 }
 
 // release stores the pack that waits for another.
@@ -311,9 +343,7 @@ func (w *Writer) storeFile(name ID, file []byte, blobs []pack.Entry) {
 		}
 	}
 	w.mu.Lock()
-	w.uploads--
-	close(w.changed)
-	w.changed = make(chan struct{})
+	w.ended()
 	w.mu.Unlock()
 }
 
@@ -326,16 +356,16 @@ func (w *Writer) Flush(ctx context.Context) error {
 			return w.flushError(err)
 		}
 		if p.w != nil {
-			w.upload(p)
+			w.close(p)
 		}
 		p.unlock()
 	}
-	w.release()
 	for {
+		w.release()
 		w.mu.Lock()
-		left, changed := w.uploads, w.changed
+		done, changed := w.uploads == 0 && w.waiting == nil, w.changed
 		w.mu.Unlock()
-		if left == 0 {
+		if done {
 			break
 		}
 		select {

@@ -10,9 +10,9 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"runtime"
 	"time"
 
+	"github.com/holdfast-backup/holdfast/internal/cpus"
 	"github.com/holdfast-backup/holdfast/internal/ocis"
 )
 
@@ -128,7 +128,7 @@ func (o *Options) fill() error {
 		}
 	}
 	if o.Workers <= 0 {
-		o.Workers = 2 * runtime.GOMAXPROCS(0)
+		o.Workers = 2 * cpus.Count()
 	}
 	return nil
 }

@@ -5,12 +5,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"runtime"
 	"slices"
 	"sync/atomic"
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/holdfast-backup/holdfast/internal/cpus"
 	"github.com/holdfast-backup/holdfast/internal/ocis"
 	"github.com/holdfast-backup/holdfast/internal/progress"
 	"github.com/holdfast-backup/holdfast/internal/repo/id"
@@ -170,7 +170,7 @@ func (c *checker) record(ctx context.Context, s *snapshot.Snapshot) (*record, er
 // proveAll proves the archives of the lists: several lists at a time, and those of a list one after the other. about is reported, with
 // how many are done, if it is of a kind.
 func (c *checker) proveAll(ctx context.Context, lists [][]archive, about progress.Event) error {
-	n := min(cmp.Or(max(c.o.Spaces, 0), runtime.GOMAXPROCS(0)), len(lists))
+	n := min(cmp.Or(max(c.o.Spaces, 0), cpus.Count()), len(lists))
 	g, gctx := errgroup.WithContext(ctx)
 	var next atomic.Int64
 	for range n {

@@ -5,13 +5,14 @@ import (
 	"crypto/sha256"
 	"crypto/subtle"
 	"encoding/binary"
-	"runtime"
 	"sync"
 	"sync/atomic"
 
 	//lint:ignore SA1019 scrypt is made of this function; deprecated is its use for encryption
 	"golang.org/x/crypto/salsa20/salsa"
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-backup/holdfast/internal/cpus"
 )
 
 // scryptMemory bounds in bytes what the lanes under way take together, unless one takes more.
@@ -27,7 +28,7 @@ func scryptKey(password string, salt []byte, f KDF, size int) ([]byte, error) {
 	}
 	var wg sync.WaitGroup
 	var next atomic.Int64
-	for range max(1, min(f.P, runtime.GOMAXPROCS(0), scryptMemory/(lane*f.N))) {
+	for range max(1, min(f.P, cpus.Count(), scryptMemory/(lane*f.N))) {
 		wg.Go(func() {
 			v, free := scratch(lane * f.N)
 			defer free()

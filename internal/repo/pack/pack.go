@@ -5,6 +5,7 @@ package pack
 import (
 	"encoding/binary"
 	"fmt"
+	"slices"
 
 	"github.com/holdfast-backup/holdfast/internal/repo/crypto"
 	"github.com/holdfast-backup/holdfast/internal/repo/id"
@@ -176,12 +177,14 @@ func (w *Writer) Count() int { return len(w.entries) }
 // Size returns the size in bytes that the pack would have now.
 func (w *Writer) Size() int64 { return int64(len(w.buf)) + w.header }
 
-// Add appends a sealed blob. plain is as in Entry.
-func (w *Writer) Add(t BlobType, blob id.ID, sealed []byte, plain uint32) {
-	e := Entry{ID: blob, Type: t, Offset: uint32(len(w.buf)), Length: uint32(len(sealed)), Plain: plain}
-	w.buf = append(w.buf, sealed...)
+// Reserve appends a blob of n sealed bytes, which the caller writes to the slice that it returns, before Finish. plain is as
+// in Entry. A Reserve beyond the capacity of the buffer invalidates the slices before.
+func (w *Writer) Reserve(t BlobType, blob id.ID, n int, plain uint32) []byte {
+	e := Entry{ID: blob, Type: t, Offset: uint32(len(w.buf)), Length: uint32(n), Plain: plain}
+	w.buf = slices.Grow(w.buf, n)[:len(w.buf)+n]
 	w.header += int64(e.headerSize())
 	w.entries = append(w.entries, e)
+	return w.buf[e.Offset:len(w.buf):len(w.buf)]
 }
 
 // Finish appends the header and returns the whole file and its entries. The Writer is used up.

@@ -21,7 +21,7 @@ func TestWriter(t *testing.T) {
 	key := crypto.NewKey()
 	w := NewWriter(make([]byte, 0, 100))
 	for _, e := range samples {
-		w.Add(e.Type, e.ID, bytes.Repeat([]byte{byte(e.Type)}, int(e.Length)), e.Plain)
+		add(w, e.Type, e.ID, bytes.Repeat([]byte{byte(e.Type)}, int(e.Length)), e.Plain)
 	}
 	size := w.Size()
 	if w.Count() != len(samples) {
@@ -116,4 +116,8 @@ func TestSeedsExist(t *testing.T) {
 	if err != nil || len(list) == 0 {
 		t.Fatalf("no seeds for the fuzz target: %v", err)
 	}
+}
+
+func add(w *Writer, t BlobType, blob id.ID, sealed []byte, plain uint32) {
+	copy(w.Reserve(t, blob, len(sealed), plain), sealed)
 }

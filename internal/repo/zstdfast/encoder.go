@@ -40,7 +40,8 @@ type Encoder struct {
 	tables    [3]table
 }
 
-// Append appends the frame of src, which has less than 4 GiB, to dst.
+// Append appends the frame of src, which has less than 4 GiB, to dst. It also overwrites what lies between the end of the frame
+// and the capacity of dst.
 func (e *Encoder) Append(dst, src []byte) []byte {
 	dst = binary.LittleEndian.AppendUint32(dst, 0xFD2FB528)
 	// Descriptor: size of the content in four bytes, no single segment, which would make the content the window.
