@@ -9,6 +9,7 @@ import (
 	"crypto/aes"
 	"crypto/cipher"
 	"crypto/rand"
+	"crypto/subtle"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -34,6 +35,7 @@ type Key struct {
 	encrypt    [32]byte
 	macK, macR [16]byte
 	enc, mac   cipher.Block
+	wide       *wideKey // nil: the processor has no such instructions
 }
 
 // NewKey returns a random key.
@@ -59,16 +61,35 @@ func (k *Key) setup() (err error) {
 	if k.enc, err = aes.NewCipher(k.encrypt[:]); err != nil {
 		return err
 	}
+	k.wide = newWideKey(&k.encrypt, &k.macR)
 	k.mac, err = aes.NewCipher(k.macK[:])
 	return err
 }
 
-// sum computes the MAC of ciphertext. Poly1305 itself clamps r.
-func (k *Key) sum(mac *[macSize]byte, iv, ciphertext []byte) {
-	var one [32]byte
+// oneTime returns the key of Poly1305 for iv. Poly1305 itself clamps r, the first half.
+func (k *Key) oneTime(iv []byte) (one [32]byte) {
 	copy(one[:16], k.macR[:])
 	k.mac.Encrypt(one[16:], iv)
-	poly1305.Sum(mac, ciphertext, &one)
+	return one
+}
+
+// sum computes the MAC of ciphertext.
+func (k *Key) sum(iv, ciphertext []byte) (mac [macSize]byte) {
+	one := k.oneTime(iv)
+	if k.wide != nil {
+		return k.wide.sum(ciphertext, (*[16]byte)(one[16:]))
+	}
+	poly1305.Sum(&mac, ciphertext, &one)
+	return mac
+}
+
+// crypt encrypts or decrypts src to dst, which may be the same.
+func (k *Key) crypt(dst, iv, src []byte) {
+	if counter, ok := counterOf(iv); ok && k.wide != nil {
+		k.wide.crypt(dst, src, counter)
+		return
+	}
+	cipher.NewCTR(k.enc, iv).XORKeyStream(dst, src)
 }
 
 // Seal appends the sealed form of plain to dst. plain must not overlap the free space of dst.
@@ -83,9 +104,19 @@ func (k *Key) Seal(dst, plain []byte) []byte {
 	dst = dst[:total]
 	iv, text := dst[n:n+ivSize], dst[n+ivSize:total-macSize]
 	rand.Read(iv) // never all zero but once in 2^128
-	cipher.NewCTR(k.enc, iv).XORKeyStream(text, plain)
-	k.sum((*[macSize]byte)(dst[total-macSize:]), iv, text)
+	k.seal(dst[total-macSize:], text, iv, plain)
 	return dst
+}
+
+// seal encrypts plain to text, and puts the MAC into mac.
+func (k *Key) seal(mac, text, iv, plain []byte) {
+	if counter, ok := counterOf(iv); ok && k.wide != nil {
+		one := k.oneTime(iv)
+		*(*[macSize]byte)(mac) = k.wide.seal(text, plain, counter, (*[16]byte)(one[16:]))
+		return
+	}
+	k.crypt(text, iv, plain)
+	*(*[macSize]byte)(mac) = k.sum(iv, text)
 }
 
 // Open checks sealed and decrypts it in its own memory; the result is a part of sealed. When the
@@ -95,7 +126,7 @@ func (k *Key) Open(sealed []byte) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	cipher.NewCTR(k.enc, iv).XORKeyStream(text, text)
+	k.crypt(text, iv, text)
 	return text, nil
 }
 
@@ -107,7 +138,7 @@ func (k *Key) OpenTo(dst, sealed []byte) ([]byte, error) {
 	}
 	n := len(dst)
 	dst = slices.Grow(dst, len(text))[:n+len(text)]
-	cipher.NewCTR(k.enc, iv).XORKeyStream(dst[n:], text)
+	k.crypt(dst[n:], iv, text)
 	return dst, nil
 }
 
@@ -117,10 +148,8 @@ func (k *Key) verify(sealed []byte) (iv, text []byte, err error) {
 	}
 	end := len(sealed) - macSize
 	iv, text = sealed[:ivSize], sealed[ivSize:end:end]
-	var one [32]byte
-	copy(one[:16], k.macR[:])
-	k.mac.Encrypt(one[16:], iv)
-	if [ivSize]byte(iv) == [ivSize]byte{} || !poly1305.Verify((*[macSize]byte)(sealed[end:]), text, &one) {
+	mac := k.sum(iv, text)
+	if [ivSize]byte(iv) == [ivSize]byte{} || subtle.ConstantTimeCompare(mac[:], sealed[end:]) != 1 {
 		return nil, nil, ErrAuth
 	}
 	return iv, text, nil

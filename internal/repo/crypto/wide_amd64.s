@@ -1,0 +1,214 @@
+#include "textflag.h"
+
+// Counters of four blocks, low half first.
+DATA first<>+0(SB)/8, $0
+DATA first<>+8(SB)/8, $0
+DATA first<>+16(SB)/8, $1
+DATA first<>+24(SB)/8, $0
+DATA first<>+32(SB)/8, $2
+DATA first<>+40(SB)/8, $0
+DATA first<>+48(SB)/8, $3
+DATA first<>+56(SB)/8, $0
+GLOBL first<>(SB), (NOPTR+RODATA), $64
+
+DATA four<>+0(SB)/8, $4
+DATA four<>+8(SB)/8, $0
+GLOBL four<>(SB), (NOPTR+RODATA), $16
+
+// The order of bytes that turns such a counter into a block.
+DATA flip<>+0(SB)/8, $0x08090a0b0c0d0e0f
+DATA flip<>+8(SB)/8, $0x0001020304050607
+GLOBL flip<>(SB), (NOPTR+RODATA), $16
+
+// func subWord(x uint32) uint32
+TEXT ·subWord(SB), NOSPLIT, $0-12
+	MOVL       x+0(FP), AX
+	MOVQ       AX, X0
+	PSHUFD     $0, X0, X0       // the same in all columns, so that it does not matter that rows are shifted
+	PXOR       X1, X1
+	AESENCLAST X1, X0
+	MOVQ       X0, AX
+	MOVL       AX, ret+8(FP)
+	RET
+
+#define ROUND(key) \
+	VAESENC key, Z0, Z0; \
+	VAESENC key, Z1, Z1; \
+	VAESENC key, Z2, Z2; \
+	VAESENC key, Z3, Z3
+
+// func ctrVAES(rounds *[240]byte, counter *[2]uint64, dst, src *byte, n int)
+TEXT ·ctrVAES(SB), NOSPLIT, $0-40
+	MOVQ rounds+0(FP), AX
+	MOVQ counter+8(FP), BX
+	MOVQ dst+16(FP), DI
+	MOVQ src+24(FP), SI
+	MOVQ n+32(FP), CX
+
+	VBROADCASTI32X4 0(AX), Z16
+	VBROADCASTI32X4 16(AX), Z17
+	VBROADCASTI32X4 32(AX), Z18
+	VBROADCASTI32X4 48(AX), Z19
+	VBROADCASTI32X4 64(AX), Z20
+	VBROADCASTI32X4 80(AX), Z21
+	VBROADCASTI32X4 96(AX), Z22
+	VBROADCASTI32X4 112(AX), Z23
+	VBROADCASTI32X4 128(AX), Z24
+	VBROADCASTI32X4 144(AX), Z25
+	VBROADCASTI32X4 160(AX), Z26
+	VBROADCASTI32X4 176(AX), Z27
+	VBROADCASTI32X4 192(AX), Z28
+	VBROADCASTI32X4 208(AX), Z29
+	VBROADCASTI32X4 224(AX), Z30
+
+	VBROADCASTI32X4 four<>(SB), Z11
+	VBROADCASTI32X4 flip<>(SB), Z12
+	VBROADCASTI32X4 (BX), Z10
+	VPADDQ          first<>(SB), Z10, Z10
+
+	// The counter that the next call begins with.
+	MOVQ CX, DX
+	SHLQ $4, DX
+	ADDQ DX, (BX)
+
+next:
+	VPSHUFB Z12, Z10, Z0
+	VPADDQ  Z11, Z10, Z10
+	VPSHUFB Z12, Z10, Z1
+	VPADDQ  Z11, Z10, Z10
+	VPSHUFB Z12, Z10, Z2
+	VPADDQ  Z11, Z10, Z10
+	VPSHUFB Z12, Z10, Z3
+	VPADDQ  Z11, Z10, Z10
+
+	VPXORQ Z16, Z0, Z0
+	VPXORQ Z16, Z1, Z1
+	VPXORQ Z16, Z2, Z2
+	VPXORQ Z16, Z3, Z3
+	ROUND(Z17)
+	ROUND(Z18)
+	ROUND(Z19)
+	ROUND(Z20)
+	ROUND(Z21)
+	ROUND(Z22)
+	ROUND(Z23)
+	ROUND(Z24)
+	ROUND(Z25)
+	ROUND(Z26)
+	ROUND(Z27)
+	ROUND(Z28)
+	ROUND(Z29)
+	VAESENCLAST Z30, Z0, Z0
+	VAESENCLAST Z30, Z1, Z1
+	VAESENCLAST Z30, Z2, Z2
+	VAESENCLAST Z30, Z3, Z3
+
+	VPXORQ    0(SI), Z0, Z0
+	VPXORQ    64(SI), Z1, Z1
+	VPXORQ    128(SI), Z2, Z2
+	VPXORQ    192(SI), Z3, Z3
+	VMOVDQU64 Z0, 0(DI)
+	VMOVDQU64 Z1, 64(DI)
+	VMOVDQU64 Z2, 128(DI)
+	VMOVDQU64 Z3, 192(DI)
+	ADDQ      $256, SI
+	ADDQ      $256, DI
+	DECQ      CX
+	JNZ       next
+
+	VZEROUPPER
+	RET
+
+// Adds a*b to the lower and the higher parts of a sum.
+#define MULADD(a, b, low, high) \
+	VPMADD52LUQ b, a, low; \
+	VPMADD52HUQ b, a, high
+
+// func polyIFMA(lanes *[3][8]uint64, by *[5]uint64, p *byte, n int)
+//
+// A number is three limbs, of 44, 44 and 42 bits. Products have their lower 52 bits in one sum and the rest in another, which is
+// worth 2^52, or 2^8 in the next limb.
+TEXT ·polyIFMA(SB), NOSPLIT, $0-32
+	MOVQ lanes+0(FP), DI
+	MOVQ by+8(FP), BX
+	MOVQ p+16(FP), SI
+	MOVQ n+24(FP), CX
+
+	VMOVDQU64    0(DI), Z0
+	VMOVDQU64    64(DI), Z1
+	VMOVDQU64    128(DI), Z2
+	VPBROADCASTQ 0(BX), Z3  // r0
+	VPBROADCASTQ 8(BX), Z4  // r1
+	VPBROADCASTQ 16(BX), Z5 // r2
+	VPBROADCASTQ 24(BX), Z6 // 20*r1
+	VPBROADCASTQ 32(BX), Z7 // 20*r2
+	MOVQ         $0xfffffffffff, AX
+	VPBROADCASTQ AX, Z8
+	SHRQ         $2, AX
+	VPBROADCASTQ AX, Z9
+	MOVQ         $0x10000000000, AX
+	VPBROADCASTQ AX, Z10
+
+group:
+	VPXORQ Z11, Z11, Z11
+	VPXORQ Z12, Z12, Z12
+	VPXORQ Z13, Z13, Z13
+	VPXORQ Z14, Z14, Z14
+	VPXORQ Z15, Z15, Z15
+	VPXORQ Z16, Z16, Z16
+	MULADD(Z2, Z6, Z11, Z12)
+	MULADD(Z2, Z7, Z13, Z14)
+	MULADD(Z2, Z3, Z15, Z16)
+	MULADD(Z0, Z3, Z11, Z12)
+	MULADD(Z0, Z4, Z13, Z14)
+	MULADD(Z0, Z5, Z15, Z16)
+	MULADD(Z1, Z7, Z11, Z12)
+	MULADD(Z1, Z3, Z13, Z14)
+	MULADD(Z1, Z4, Z15, Z16)
+
+	// The next eight blocks, in the order 0 4 1 5 2 6 3 7.
+	VMOVDQU64   0(SI), Z17
+	VMOVDQU64   64(SI), Z18
+	VPUNPCKLQDQ Z18, Z17, Z19
+	VPUNPCKHQDQ Z18, Z17, Z20
+	VPANDQ      Z8, Z19, Z21
+	VPSRLQ      $44, Z19, Z22
+	VPSLLQ      $20, Z20, Z23
+	VPORQ       Z23, Z22, Z22
+	VPANDQ      Z8, Z22, Z22
+	VPSRLQ      $24, Z20, Z23
+	VPORQ       Z10, Z23, Z23
+
+	VPSRLQ $44, Z11, Z24
+	VPSLLQ $8, Z12, Z12
+	VPANDQ Z8, Z11, Z0
+	VPADDQ Z24, Z12, Z12
+	VPADDQ Z12, Z13, Z13
+	VPSRLQ $44, Z13, Z24
+	VPSLLQ $8, Z14, Z14
+	VPANDQ Z8, Z13, Z1
+	VPADDQ Z24, Z14, Z14
+	VPADDQ Z14, Z15, Z15
+	VPSRLQ $42, Z15, Z24
+	VPSLLQ $10, Z16, Z16
+	VPANDQ Z9, Z15, Z2
+	VPADDQ Z24, Z16, Z16
+	VPSLLQ $2, Z16, Z24     // what is above 2^130 counts five times
+	VPADDQ Z24, Z16, Z16
+	VPADDQ Z16, Z0, Z0
+	VPSRLQ $44, Z0, Z24
+	VPANDQ Z8, Z0, Z0
+	VPADDQ Z24, Z1, Z1
+
+	VPADDQ Z21, Z0, Z0
+	VPADDQ Z22, Z1, Z1
+	VPADDQ Z23, Z2, Z2
+	ADDQ   $128, SI
+	DECQ   CX
+	JNZ    group
+
+	VMOVDQU64 Z0, 0(DI)
+	VMOVDQU64 Z1, 64(DI)
+	VMOVDQU64 Z2, 128(DI)
+	VZEROUPPER
+	RET
