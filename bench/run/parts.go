@@ -2,6 +2,7 @@ package main
 
 import (
 	"cmp"
+	"context"
 	"crypto/sha1" //nolint:gosec // what the server records
 	"encoding/hex"
 	"encoding/json"
@@ -14,6 +15,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/holdfast-backup/holdfast/bench/internal/measure"
 	"github.com/holdfast-backup/holdfast/internal/ocis"
@@ -81,8 +83,11 @@ func (b *bench) parts() error {
 
 // afresh makes an empty directory for what is restored.
 func (b *bench) afresh(t *tool) error {
-	if measure.NeedSpace(b.scratch, b.oneStore()) != nil {
+	if _, err := os.Stat(b.discarded()); err == nil && measure.NeedSpace(b.scratch, b.oneStore()) != nil {
 		if err := os.RemoveAll(b.discarded()); err != nil {
+			return err
+		}
+		if err := b.settle(); err != nil {
 			return err
 		}
 	}
@@ -92,9 +97,26 @@ func (b *bench) afresh(t *tool) error {
 	return os.MkdirAll(t.restored(), 0o755)
 }
 
-// discard puts what was restored out of the way, to be removed at the end or when room is short: ext4 is slow to
-// make files for minutes after many were removed (Linux fs/ext4/ialloc.c, recently_deleted), and the next
-// restore would pay for it.
+// reuse is how long ext4 without a journal passes over inodes that were freed.
+const reuse = 6 * time.Minute
+
+// settle waits, after many files were removed, until making files is no slower for it. With each file it makes,
+// ext4 without a journal goes through all inodes of a group that were freed in the last minutes (Linux
+// fs/ext4/ialloc.c, recently_deleted), which made restores take up to ten times as long.
+func (b *bench) settle() error {
+	if filesystem(b.scratch) != withoutJournal {
+		return nil
+	}
+	fmt.Fprintf(b.log, "waiting %v, because ext4 without a journal is slow to make files after many were removed\n", reuse)
+	select {
+	case <-time.After(reuse):
+		return nil
+	case <-b.ctx.Done():
+		return context.Cause(b.ctx)
+	}
+}
+
+// discard puts what was restored out of the way, to be removed at the end or when room is short: see settle.
 func (b *bench) discard(t *tool) error {
 	if err := os.MkdirAll(b.discarded(), 0o700); err != nil {
 		return err

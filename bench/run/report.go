@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"runtime"
 	"strconv"
 	"strings"
@@ -211,7 +212,7 @@ func procField(file, name string) string {
 	return ""
 }
 
-// filesystem is the type of the mount that dir lies on.
+// filesystem is the type of the mount that dir lies on, with a word on what changes the figures.
 func filesystem(dir string) string {
 	data, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
@@ -227,9 +228,24 @@ func filesystem(dir string) string {
 		at := fields[4]
 		if (at == "/" || dir == at || strings.HasPrefix(dir, at+"/")) && len(at) >= len(best) {
 			best, kind = at, strings.Fields(after)[0]
+			if kind == "ext4" && noJournal(fields[2]) {
+				kind = withoutJournal
+			}
 		}
 	}
 	return kind
+}
+
+const withoutJournal = "ext4 without a journal"
+
+// noJournal reports whether the ext4 on the device (major:minor) keeps none.
+func noJournal(device string) bool {
+	path, err := os.Readlink("/sys/dev/block/" + device)
+	if err != nil {
+		return false
+	}
+	task, err := os.ReadFile(filepath.Join("/sys/fs/ext4", filepath.Base(path), "journal_task"))
+	return err == nil && strings.TrimSpace(string(task)) == "<none>"
 }
 
 const fileHead = `# Benchmarks
