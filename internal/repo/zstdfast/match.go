@@ -48,7 +48,8 @@ func load64(p unsafe.Pointer, i uint) uint64 {
 }
 
 // candidates looks at n positions from p on, and returns a bit for each that begins like the last one with the same hash. For an empty place of the
-// table that is the very first, which may be the position itself.
+// table that is the very first, which may be the position itself. Every fourth position is only remembered: what a match there would find, the
+// next position does, and the match is extended back.
 func (f *finder) candidates(base unsafe.Pointer, p, n uint) (m uint64) {
 	shift := (64 - f.log) & 63
 	for i := range min(n, look) {
@@ -56,6 +57,9 @@ func (f *finder) candidates(base unsafe.Pointer, p, n uint) (m uint64) {
 		h := v << (64 - 8*minMatch) * prime >> shift & (1<<maxTable - 1)
 		c := f.table[h]
 		f.table[h] = uint32(p + i)
+		if i%4 == 3 {
+			continue
+		}
 		f.at[i] = c
 		if (v^load64(base, uint(c)))<<(64-8*minMatch) == 0 {
 			m |= 1 << i

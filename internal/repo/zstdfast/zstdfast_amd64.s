@@ -15,6 +15,16 @@
 	NEGQ  BX \
 	RCRQ  $1, R11
 
+// Every fourth position is remembered only.
+#define REMEMBER(i) \
+	MOVQ  i(DI), AX \
+	IMULQ R10, AX \
+	SHRQ  CX, AX \
+	MOVL  DX, (R8)(AX*4) \
+	INCL  DX \
+	STC \
+	RCRQ  $1, R11
+
 // func candidates64(base unsafe.Pointer, p uint, table *[1 << maxTable]uint32, at *[look]uint32, shift uint) uint64
 TEXT ·candidates64(SB), NOSPLIT, $0-48
 	MOVQ base+0(FP), SI
@@ -30,11 +40,11 @@ loop:
 	POSITION(0)
 	POSITION(1)
 	POSITION(2)
-	POSITION(3)
+	REMEMBER(3)
 	POSITION(4)
 	POSITION(5)
 	POSITION(6)
-	POSITION(7)
+	REMEMBER(7)
 	ADDQ $8, DI
 	ADDQ $32, R9
 	DECQ R13
