@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -143,13 +144,36 @@ func (g *rig) forgetFirst() {
 
 // keys lists a bucket without the markers of repositories.
 func (g *rig) keys(name string) map[string]bool {
+	g.t.Helper()
 	out := map[string]bool{}
-	for key := range g.objects(name) {
-		if !strings.HasPrefix(key, replica.Prefix) {
-			out[key] = true
+	var mu sync.Mutex
+	err := g.open(name).List(g.t.Context(), "", func(x bucket.Object) error {
+		mu.Lock()
+		defer mu.Unlock()
+		if !strings.HasPrefix(x.Key, replica.Prefix) {
+			out[x.Key] = true
 		}
+		return nil
+	})
+	if err != nil {
+		g.t.Fatal(err)
 	}
 	return out
+}
+
+// settled is keys once the server has done what was asked of it before the asking was cut short.
+func (g *rig) settled(name string) map[string]bool {
+	g.t.Helper()
+	for last, same := g.keys(name), 0; ; {
+		time.Sleep(50 * time.Millisecond)
+		now := g.keys(name)
+		if same++; !maps.Equal(now, last) {
+			last, same = now, 0
+		}
+		if same == 5 {
+			return now
+		}
+	}
 }
 
 // spare are names of objects that nothing refers to.
@@ -487,7 +511,7 @@ func TestReplicaThroughBadTimes(t *testing.T) {
 	if _, err := g.remove(ctx, b, replica.Options{}); !errors.Is(err, context.Canceled) {
 		t.Fatalf("cancelled: %v", err)
 	}
-	left := g.keys(name)
+	left := g.settled(name)
 	if n := len(left) - len(needed); n < 1 || n > 59 {
 		t.Fatalf("after the kill %d of 60 are left", n)
 	}

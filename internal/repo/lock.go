@@ -1,6 +1,7 @@
 package repo
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -485,7 +486,14 @@ func processExists(pid int) bool {
 		return false
 	}
 	err = p.Signal(syscall.Signal(0))
-	return !errors.Is(err, os.ErrProcessDone) && !errors.Is(err, syscall.ESRCH)
+	if errors.Is(err, os.ErrProcessDone) || errors.Is(err, syscall.ESRCH) {
+		return false
+	}
+	// One that has ended stays until its parent asks for it, which the first process of many containers never does. The state
+	// stands behind the name, which may hold anything: proc(5).
+	stat, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	rest := stat[bytes.LastIndexByte(stat, ')')+1:]
+	return !bytes.HasPrefix(rest, []byte(" Z")) && !bytes.HasPrefix(rest, []byte(" X"))
 }
 
 // Unlock removes stale locks, or all of them, and tells how many. All is for when the user knows that nobody

@@ -603,3 +603,26 @@ func TestHangupDoesNotKill(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// The lock of a process that was killed is stale although its parent never asked how it ended.
+func TestZombieHoldsNoLock(t *testing.T) {
+	if !processExists(os.Getpid()) {
+		t.Error("this process is taken for dead")
+	}
+	c := exec.Command("sleep", "1000")
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = c.Wait() }() // not before: until then it is a zombie
+	if !processExists(c.Process.Pid) {
+		t.Error("a living process is taken for dead")
+	}
+	if err := c.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	for end := time.Now().Add(30 * time.Second); processExists(c.Process.Pid); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("a zombie is taken for alive")
+		}
+	}
+}

@@ -540,6 +540,38 @@ func TestPairsOfPacks(t *testing.T) {
 	packs(9)
 }
 
+// TestFlushAmongOthers: what was saved before Flush is durable after it, whatever others seal into the same pack meanwhile, and
+// although packs wait for one another.
+func TestFlushAmongOthers(t *testing.T) {
+	t.Parallel()
+	ctx := t.Context()
+	be := mem.New()
+	r := initRepo(t, be, InitOptions{Options: Options{PackSize: 1 << 20, PackBuffers: pairBuffers}})
+	w := r.NewWriter(ctx)
+	var wg sync.WaitGroup
+	for g := range 6 {
+		wg.Go(func() {
+			for i := range 12 {
+				data := noise(byte(20*g+i), 100_000+70_000*((g+i)%6))
+				blob, _, err := w.Save(ctx, DataBlob, data)
+				if err == nil && (g+i)%3 == 0 {
+					if err = w.Flush(ctx); err == nil {
+						_, err = openRepo(t, be).LoadBlob(ctx, DataBlob, blob, nil)
+					}
+				}
+				if err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if err := w.Flush(ctx); err != nil {
+		t.Fatal(err)
+	}
+	checkClean(t, be)
+}
+
 // An index file is written in the middle of a backup, and only of durable packs.
 func TestIndexDuringBackup(t *testing.T) {
 	ctx := context.Background()
