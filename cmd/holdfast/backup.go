@@ -12,7 +12,6 @@ import (
 
 	"github.com/holdfast-backup/holdfast/internal/backup"
 	"github.com/holdfast-backup/holdfast/internal/capture"
-	"github.com/holdfast-backup/holdfast/internal/cpus"
 	"github.com/holdfast-backup/holdfast/internal/discover"
 	"github.com/holdfast-backup/holdfast/internal/freeze"
 	"github.com/holdfast-backup/holdfast/internal/ocis"
@@ -90,7 +89,6 @@ Blobs that are stored already are not read again.
 }
 
 func (a *app) backup(ctx context.Context, f *backupFlags) error {
-	cpus.Oversubscribe()
 	sink := a.ui.Sink()
 	fz, err := f.freeze.freezer(f.place.pid, sink)
 	if err != nil {

@@ -8,6 +8,7 @@ package main
 import (
 	"os"
 
+	"github.com/holdfast-backup/holdfast/internal/cpus"
 	"github.com/holdfast-backup/holdfast/internal/drill"
 	"github.com/holdfast-backup/holdfast/internal/freeze"
 	"github.com/holdfast-backup/holdfast/internal/freeze/auto"
@@ -18,6 +19,7 @@ func main() {
 	// A second copy of this program that holds the promise to start the instance never returns.
 	freeze.MaybeGuard()
 	drill.MaybeJail() // the first process around the server of a drill
+	cpus.Oversubscribe()
 	os.Exit(run())
 }
 

@@ -16,8 +16,7 @@ func Count() int { return count }
 // Oversubscribe lets the scheduler run half as many threads again as there are processors. A thread that waits for a disk keeps
 // its place until the scheduler looks, which takes up to 10 ms; with as many places as processors, one is idle meanwhile. With twice
 // as many, what waits for nothing is slowed down by the changes from one to the other.
-// It is for work that waits for disks; elsewhere the garbage collector takes places that only look idle (a check took a sixth more
-// of the processor). Call it at the start of the program. The environment variable GOMAXPROCS rules it out.
+// Call it at the start of the program. The environment variable GOMAXPROCS rules it out.
 func Oversubscribe() {
 	if os.Getenv("GOMAXPROCS") == "" {
 		runtime.GOMAXPROCS(count + (count+1)/2)
