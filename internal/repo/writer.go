@@ -285,8 +285,9 @@ func (w *Writer) ended() {
 	w.changed = make(chan struct{})
 }
 
-// release stores the pack that waits for another.
-func (w *Writer) release() {
+// release stores the pack that waits for another. It returns how many are on their way, and what is closed when there is one
+// less: both of the same moment, or the last one could begin to wait in between.
+func (w *Writer) release() (left int, changed chan struct{}) {
 	w.mu.Lock()
 	var packs []*pack.Writer
 	if w.waiting != nil {
@@ -294,8 +295,10 @@ func (w *Writer) release() {
 		w.waiting = nil
 		w.uploads++
 	}
+	left, changed = w.uploads, w.changed
 	w.mu.Unlock()
 	w.store(packs)
+	return left, changed
 }
 
 // store stores two packs at most in the background. They count as uploads already.
@@ -323,13 +326,14 @@ func (w *Writer) storeFile(name ID, file []byte, blobs []pack.Entry) {
 	if err == nil {
 		err = w.r.be.Save(hint(w.ctx, blobs[0].Type), backend.Handle{Type: backend.PackFile, Name: name.String()}, file)
 	}
+	if err != nil { // before the buffer is free: who waits for one must not go on
+		w.fail(fmt.Errorf("store a pack of %d blobs at %s: %w", len(blobs), w.r.be.Location(), err))
+	}
 	if cap(file) > int(w.r.opts.PackSize)+1<<20 {
 		file = nil // outgrown by a giant blob
 	}
 	w.free <- file[:0:cap(file)]
-	if err != nil {
-		w.fail(fmt.Errorf("store a pack of %d blobs at %s: %w", len(blobs), w.r.be.Location(), err))
-	} else {
+	if err == nil {
 		full := w.r.addPack(name, blobs)
 		w.mu.Lock()
 		for _, e := range blobs {
@@ -361,11 +365,8 @@ func (w *Writer) Flush(ctx context.Context) error {
 		p.unlock()
 	}
 	for {
-		w.release()
-		w.mu.Lock()
-		done, changed := w.uploads == 0 && w.waiting == nil, w.changed
-		w.mu.Unlock()
-		if done {
+		left, changed := w.release()
+		if left == 0 {
 			break
 		}
 		select {

@@ -78,6 +78,7 @@ func counterOf(iv []byte) ([2]uint64, bool) {
 // seal encrypts plain to text, and returns the MAC of that. pad is what RFC 8439 calls s.
 func (k *wideKey) seal(text, plain []byte, counter [2]uint64, pad *[16]byte) [macSize]byte {
 	var lanes [3][8]uint64
+	text = text[:len(plain)] // the assembler does not look
 	n := len(plain) &^ (ctrStep - 1)
 	for i := 0; i < n; i += wideStep {
 		size := min(n-i, wideStep)
@@ -90,6 +91,7 @@ func (k *wideKey) seal(text, plain []byte, counter [2]uint64, pad *[16]byte) [ma
 
 // crypt encrypts or decrypts src to dst, which may be the same.
 func (k *wideKey) crypt(dst, src []byte, counter [2]uint64) {
+	dst = dst[:len(src)]
 	n := len(src) &^ (ctrStep - 1)
 	for i := 0; i < n; i += wideStep {
 		ctrVAES(&k.rounds, &counter, &dst[i], &src[i], min(n-i, wideStep)/ctrStep)
