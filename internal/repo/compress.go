@@ -107,21 +107,26 @@ type compressor struct {
 	spoil     func(frame []byte) // nil but in tests: damages a frame before it is compared
 }
 
-// compressors are those not in use. There is no pool: a collection would empty it, and the kernel clears each page of the next.
-type compressors chan *compressor
-
-func newCompressors() compressors { return make(chan *compressor, cpus.Count()+1) }
-
-func (l compressors) take() *compressor {
-	select {
-	case c := <-l:
-		return c
-	default:
-		return new(compressor)
-	}
+// compressors are those not in use, the last one on top, which is the one whose memory is in the caches. There is no pool: a collection would
+// empty it, and the kernel clears each page of the next.
+type compressors struct {
+	mu   sync.Mutex
+	free []*compressor // guarded by mu
 }
 
-func (l compressors) release(c *compressor) {
+func (l *compressors) take() *compressor {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	n := len(l.free) - 1
+	if n < 0 {
+		return new(compressor)
+	}
+	c := l.free[n]
+	l.free = l.free[:n]
+	return c
+}
+
+func (l *compressors) release(c *compressor) {
 	// A giant must not stay for ever.
 	if cap(c.out) > keptRoom {
 		c.out = nil
@@ -129,9 +134,10 @@ func (l compressors) release(c *compressor) {
 	if cap(c.back) > keptRoom {
 		c.back = nil
 	}
-	select {
-	case l <- c:
-	default:
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if len(l.free) <= cpus.Count() {
+		l.free = append(l.free, c)
 	}
 }
 
@@ -143,10 +149,11 @@ const roomStep = 64 << 10
 // room returns buf if it has room for n bytes, or else a larger one.
 func room(buf []byte, n int) []byte {
 	if cap(buf) < n {
-		buf = make([]byte, 0, (n+n/8+roomStep-1)/roomStep*roomStep)
+		more := (n + n/8 + roomStep - 1) / roomStep * roomStep
 		if n <= keptRoom {
-			buf = buf[:0:min(cap(buf), keptRoom)]
+			more = min(more, keptRoom)
 		}
+		buf = make([]byte, 0, more)
 	}
 	return buf[:0]
 }
@@ -182,12 +189,12 @@ func (c *compressor) proven(out, data []byte) ([]byte, error) {
 	if first == nil {
 		return out, nil
 	}
-	wrongFrames.Add(1)
 	c.fast = zstdfast.Encoder{} // the flipped bit may be in it
 	c.out = encoderOther().EncodeAll(data, room(c.out, len(data)+frameSlack(len(data))))
 	if err := c.compare(c.out, data); err != nil {
 		return nil, fmt.Errorf("compressed data does not decompress to the same, with two encoders; the memory or the processor may be faulty: test them, and run the backup again (first: %w; then: %w)", first, err)
 	}
+	wrongFrames.Add(1)
 	return c.out, nil
 }
 
@@ -203,11 +210,11 @@ func (c *compressor) compare(out, data []byte) error {
 	return err
 }
 
-// wrongFrames counts the frames that did not decompress to what they were made of.
+// wrongFrames counts the frames that did not decompress to what they were made of and could be replaced.
 var wrongFrames atomic.Int64
 
-// WrongFrames tells how many times compressed data did not decompress to the same and was compressed by another encoder, since the
-// process began. Each is a sign of a faulty machine, or of a flaw in package zstdfast.
+// WrongFrames tells how many times compressed data did not decompress to the same and was stored in another way, since the
+// process began. Each is a sign of a faulty machine, or of a flaw in an encoder.
 func WrongFrames() int64 { return wrongFrames.Load() }
 
 // blob returns the compressed form of data, which holds until the next call, or false if data is better stored as it is.

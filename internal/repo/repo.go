@@ -165,10 +165,9 @@ func newRepository(be backend.Backend, o Options) *Repository {
 	}
 	return &Repository{
 		be: be, opts: o, kdf: crypto.DefaultKDF, idx: index.New(index.Options{}),
-		clock:       clock{time.Now, realSleep},
-		compressors: newCompressors(),
-		indexSem:    make(chan struct{}, 1),
-		indexBlobs:  50_000, indexAge: 10 * time.Minute, unlockTime: time.Minute,
+		clock:      clock{time.Now, realSleep},
+		indexSem:   make(chan struct{}, 1),
+		indexBlobs: 50_000, indexAge: 10 * time.Minute, unlockTime: time.Minute,
 	}
 }
 

@@ -572,6 +572,47 @@ func TestFlushAmongOthers(t *testing.T) {
 	checkClean(t, be)
 }
 
+// TestFlushDuringASeal: a Flush waits for who still seals into the pack that it closes, and is told when that pack begins to wait for
+// another, at whatever moment that is.
+func TestFlushDuringASeal(t *testing.T) {
+	t.Parallel()
+	be := mem.New()
+	r := initRepo(t, be, InitOptions{Options: Options{PackSize: 1 << 20, PackBuffers: pairBuffers}})
+	w := r.NewWriter(t.Context())
+	for i := range 300 {
+		save(t, w, DataBlob, append([]byte{byte(i >> 8), byte(i)}, "something short"...))
+		o := w.packers[DataBlob].w
+		o.users.Add(1) // as one who seals
+		done := make(chan error, 1)
+		go func() { done <- w.Flush(t.Context()) }()
+		time.Sleep(time.Duration(i%40) * 50 * time.Microsecond)
+		select {
+		case err := <-done:
+			t.Fatalf("run %d: Flush returned (%v) while a blob was being sealed", i, err)
+		default:
+		}
+		w.leave(o)
+		select {
+		case err := <-done:
+			if err != nil {
+				t.Fatal(err)
+			}
+		case <-time.After(time.Minute):
+			t.Fatalf("run %d: Flush does not return", i)
+		}
+		w.mu.Lock()
+		left := w.uploads
+		if w.waiting != nil {
+			left++
+		}
+		w.mu.Unlock()
+		if left > 0 {
+			t.Fatalf("run %d: Flush returned, and %d packs are not stored", i, left)
+		}
+	}
+	checkClean(t, be)
+}
+
 // An index file is written in the middle of a backup, and only of durable packs.
 func TestIndexDuringBackup(t *testing.T) {
 	ctx := context.Background()
@@ -702,11 +743,8 @@ func TestWrongFrame(t *testing.T) {
 		}
 	}
 	spoiled := func(n int) {
-		for len(r.compressors) > 0 {
-			<-r.compressors
-		}
 		wrong = n
-		r.compressors <- &compressor{spoil: flip}
+		r.compressors.free = []*compressor{{spoil: flip}}
 	}
 	before := WrongFrames()
 	body := []byte(`{"tree":"` + strings.Repeat("abc", 5000) + `"}`)

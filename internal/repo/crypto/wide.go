@@ -140,7 +140,7 @@ func (k *wideKey) finish(lanes *[3][8]uint64, rest []byte, pad *[16]byte) (mac [
 		lo, hi := binary.LittleEndian.Uint64(block[:]), binary.LittleEndian.Uint64(block[8:])
 		h = limbs{h[0] + lo&mask44, h[1] + (lo>>44|hi<<20)&mask44, h[2] + (hi>>24 | top)}.times(k.powers[1])
 	}
-	h = h.carried().carried()
+	h = h.carried() // the limbs have their sizes now: only the lowest could be too large, by 160 at most
 	// Less 2^130-5, if it is not less than that.
 	var g limbs
 	g[0] = h[0] + 5

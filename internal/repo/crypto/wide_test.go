@@ -75,7 +75,7 @@ func TestWideKeepsWithinBounds(t *testing.T) {
 			plain := bytes.Repeat([]byte{7}, n+200)[shift:][:n]
 			buf := bytes.Repeat([]byte{0xee}, n+200)
 			var mac [macSize]byte
-			k.seal(mac[:], buf[shift:shift+n:shift+n], iv, plain)
+			k.seal(mac[:], buf[shift:shift+n], iv, plain)
 			for i, b := range buf {
 				if (i < shift || i >= shift+n) && b != 0xee {
 					t.Fatalf("%d bytes at %d: byte %d was written", n, shift, i)
