@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -67,7 +68,7 @@ Blobs that are stored already are not read again.
   holdfast backup --stop-command 'systemctl stop ocis' --start-command 'systemctl start ocis'
   holdfast backup --freeze process --ready-url https://localhost:9200/healthz`,
 		Args: args(0, 0, "no arguments"),
-		RunE: a.verb(func(ctx context.Context, _ []string) error { return a.backup(ctx, &f) }),
+		RunE: a.verb(func(ctx context.Context, _ []string) error { return explainBackup(a.backup(ctx, &f)) }),
 	}
 	f.place.add(c)
 	f.freeze.add(c)
@@ -337,4 +338,13 @@ func missingLines(p *snapshot.Proof) []string {
 		out = append(out, fmt.Sprintf("  unreadable: %s: %s", ui.Quote(u.Path), ui.Clean(u.Error)))
 	}
 	return out
+}
+
+// explainBackup adds what only the command line knows.
+func explainBackup(err error) error {
+	if (errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)) && len(ui.Hints(err)) == 0 {
+		return ui.WithHints(err, "What was stored stays, and need not be stored again by the next backup.",
+			"Make room where the message says. In the repository `holdfast forget` and then `holdfast prune --max-repack-size 0` do, which need next to none themselves.")
+	}
+	return err
 }

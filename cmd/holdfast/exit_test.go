@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/holdfast-backup/holdfast/internal/freeze"
@@ -108,5 +110,18 @@ func TestCacheDir(t *testing.T) {
 		if got := a.cacheDir(); got != c.want {
 			t.Errorf("%s: got %q, want %q", name, got, c.want)
 		}
+	}
+}
+
+// Who runs out of room is told what to do, and that nothing has to be done again.
+func TestFullDisk(t *testing.T) {
+	for _, e := range []error{syscall.ENOSPC, syscall.EDQUOT} {
+		err := explainBackup(fmt.Errorf("store a pack: %w", &os.PathError{Op: "write", Path: "/r/data/ab", Err: e}))
+		if h := strings.Join(ui.Hints(err), " "); !errors.Is(err, e) || !strings.Contains(h, "holdfast prune --max-repack-size 0") {
+			t.Errorf("%v: %q", err, h)
+		}
+	}
+	if err := explainBackup(errors.New("something else")); len(ui.Hints(err)) > 0 {
+		t.Errorf("%v: %q", err, ui.Hints(err))
 	}
 }
