@@ -198,7 +198,7 @@ func New(r Repository, t Target, o Options) *Capture {
 		next: newCache(),
 	}
 	c.next.out = o.Cache.out
-	c.saver = newSaver(t, r.ChunkerSeed(), &c.bytesRead, o.Limits)
+	c.saver = newSaver(t, r.ChunkerSeed(), &c.bytesRead, o.Limits, c.slots)
 	c.proof.Missing = []snapshot.Missing{}
 	return &Capture{c}
 }

@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/holdfast-backup/holdfast/internal/cpus"
 	"github.com/holdfast-backup/holdfast/internal/pax"
 	"github.com/holdfast-backup/holdfast/internal/repo"
 	"github.com/holdfast-backup/holdfast/internal/repo/chunk"
@@ -45,6 +46,7 @@ type saver struct {
 	// busy bounds how many chunks are compressed at once, since each needs buffers of its own: more
 	// than processors would only cost memory.
 	busy  chan struct{}
+	sums  *sums.Multi
 	bufs  freeList
 	small freeList
 	heads freeList // for what a group adds to a tar
@@ -93,8 +95,11 @@ const smallFile = 512 << 10
 // tarBuffer is what a stream drains at, and one entry more unless it is a large one, in bytes.
 var tarBuffer = 2*tarChunks.Max + 64<<10
 
-func newSaver(t Target, seed [32]byte, read *atomic.Int64, l Limits) *saver {
+// newSaver returns a saver for those who are at work while they have one of slots.
+func newSaver(t Target, seed [32]byte, read *atomic.Int64, l Limits, slots chan struct{}) *saver {
 	s := &saver{target: t, read: read, busy: make(chan struct{}, l.Compressors), files: chunk.New(seed, fileChunks), tars: chunk.New(seed, tarChunks)}
+	processors := cpus.Count()
+	s.sums = sums.NewMulti(func(parked int) bool { return len(slots)-parked >= processors })
 	s.bufs = newFreeList(fileBuffer, l.Workers)
 	s.small = newFreeList(smallFile+1, l.Workers)
 	s.heads = newFreeList(tarBuffer, l.Workers)
@@ -153,7 +158,7 @@ func (s *saver) file(ctx context.Context, f *file, e *entry, wantSHA1 bool) (con
 	var c content
 	var h *sums.SHA1
 	if wantSHA1 {
-		h = sums.New()
+		h = s.sums.New()
 	}
 	if e.sparse() {
 		holes, err := pax.FindHoles(f, e.size)
@@ -310,7 +315,7 @@ func (s *saver) sparseFile(ctx context.Context, f *file, e *entry, wantSHA1 bool
 	c := content{holes: holes}
 	var h *sums.SHA1
 	if wantSHA1 {
-		h = sums.New()
+		h = s.sums.New()
 	}
 	zero := make([]byte, fileChunks.Max)
 	at := int64(0)

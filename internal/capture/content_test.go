@@ -50,7 +50,7 @@ func TestCutsOfAStream(t *testing.T) {
 		"nothing":        nil,
 	} {
 		k := &keeper{sizes: map[id.ID]int{}}
-		s := newSaver(k, [32]byte{7}, new(atomic.Int64), Limits{Workers: 1, Compressors: 2})
+		s := newSaver(k, [32]byte{7}, new(atomic.Int64), Limits{Workers: 1, Compressors: 2}, nil)
 		var want []id.ID
 		for rest := data; len(rest) > 0; {
 			n := s.files.Cut(rest)

@@ -20,7 +20,6 @@ import (
 
 	"github.com/holdfast-backup/holdfast/internal/bucket"
 	"github.com/holdfast-backup/holdfast/internal/ocis"
-	"github.com/holdfast-backup/holdfast/internal/repo/sums"
 	"github.com/holdfast-backup/holdfast/internal/snapshot"
 )
 
@@ -528,7 +527,7 @@ func (d *decomposed) copyObject(ctx context.Context, j *objectJob, x bucket.Obje
 // object saves size bytes that r gives, and makes their SHA-1. Large ones wait for a slot, which bounds
 // the memory of their buffers.
 func (s *saver) object(ctx context.Context, r io.Reader, size int64, slots chan struct{}) (content, error) {
-	h := sums.New()
+	h := s.sums.New()
 	if size > smallFile {
 		select {
 		case slots <- struct{}{}:

@@ -3,7 +3,7 @@
 //
 // The SHA instructions of a processor wait for one another within one checksum, so a second one beside
 // it costs next to nothing. Measured on an EPYC core of 2025: SHA-256 2.0 GB/s, SHA-1 2.2 GB/s, the two
-// together 1.8 GB/s, and two of SHA-256 3.1 GB/s. Where there are no such instructions the standard library does it, one after the
+// together 1.8 GB/s, two of SHA-256 3.1 GB/s, and both of two files 2.35 GB/s (see [Multi]). Where there are no such instructions the standard library does it, one after the
 // other.
 package sums
 
@@ -13,12 +13,21 @@ import (
 	"hash"
 )
 
+const (
+	block = 64 // bytes, of both
+	// step is how many blocks are done at once: no goroutine can be stopped in the middle of it, and a
+	// garbage collection would wait.
+	step = 1024
+)
+
 // SHA1 is the state of a SHA-1, which takes data as it comes. Use New. Not for concurrent use.
 type SHA1 struct {
 	std  hash.Hash // instead of what follows, without the instructions
 	h    [5]uint32
 	tail [64]byte // the last bytes that make no whole block yet: size modulo 64
 	size uint64   // bytes so far
+
+	multi *Multi // whom to share a processor with; nil: nobody
 }
 
 // New begins a SHA-1.

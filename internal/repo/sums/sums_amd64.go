@@ -8,13 +8,6 @@ import (
 	"github.com/klauspost/cpuid/v2"
 )
 
-const (
-	block = 64 // bytes, of both
-	// step is how many blocks are done at once: no goroutine can be stopped in the middle of it, and a
-	// garbage collection would wait.
-	step = 1024
-)
-
 var hardware = cpuid.CPU.Supports(cpuid.SHA, cpuid.SSSE3, cpuid.SSE4)
 
 // What the sums begin with: FIPS 180-4, 5.3.
@@ -32,6 +25,12 @@ func both(h256 *[8]uint32, h1 *[5]uint32, p256, p1 *byte, blocks int)
 //
 //go:noescape
 func two(ha, hb *[8]uint32, pa, pb *byte, blocks int)
+
+// four is both for two texts: blocks at pa to ha and as many at qa to ga, blocks at pb to hb and as many at qb to gb.
+// There must be one at least.
+//
+//go:noescape
+func four(ha, hb *[8]uint32, ga, gb *[5]uint32, pa, pb, qa, qb *byte, blocks int)
 
 // pair is Pair with the instructions.
 func pair(a, b []byte) (sumA, sumB [sha256.Size]byte) {
@@ -56,14 +55,35 @@ func (s *SHA1) sum256(p []byte) [sha256.Size]byte {
 	}
 	s.size += uint64(len(p))
 	n := len(rest) / block
-	for i := 0; i < n; i += step {
-		both(&h, &s.h, &p[i*block], &rest[i*block], min(step, n-i))
+	j := job{h: &h, g: &s.h, p: p, q: rest, blocks: n}
+	if s.multi != nil {
+		s.multi.run(&j)
+	}
+	for j.blocks > 0 {
+		j.alone(min(step, j.blocks))
 	}
 	if k := int(s.size % block); len(rest) > 0 {
 		copy(s.tail[:k], rest[n*block:])
 	}
 	// What the SHA-1 had too little of, or had in its tail: two blocks at most, and the last one.
 	return finish256(&h, p[n*block:], len(p))
+}
+
+// alone does n blocks of j, at most step.
+func (j *job) alone(n int) {
+	both(j.h, j.g, &j.p[0], &j.q[0], n)
+	j.advance(n)
+}
+
+// together does n blocks of each.
+func together(a, b *job, n int) {
+	for n > 0 {
+		k := min(step/2, n)
+		four(a.h, b.h, a.g, b.g, &a.p[0], &b.p[0], &a.q[0], &b.q[0], k)
+		a.advance(k)
+		b.advance(k)
+		n -= k
+	}
 }
 
 func (s *SHA1) sum() (sum [sha1.Size]byte) {

@@ -289,3 +289,158 @@ twoLoop:
 	STORE256(DI, X1, X2, X7)
 	STORE256(R8, X8, X9, X14)
 	RET
+
+// Four chains: two of SHA-256 and two of SHA-1. The registers hold the states only, the messages lie in memory: for each chain
+// the last four quarters at M in BX, of which the one of group g replaces the one of group g-4.
+
+// w is the last quarter of the message, n becomes the present one.
+#define STEP256(g, s, t, w, n, M) \
+	MOVO        (M+16*(g&3))(BX), n; \
+	SHA256MSG1  (M+16*((g+1)&3))(BX), n; \
+	MOVO        w, X0; \
+	PALIGNR     $4, (M+16*((g+2)&3))(BX), X0; \
+	PADDD       X0, n; \
+	SHA256MSG2  w, n; \
+	MOVO        n, (M+16*(g&3))(BX); \
+	ROUNDS256(g, s, t, n); \
+	FINISH256(s, t)
+
+#define BEGIN256(g, p, s, t, n, M) \
+	READ256(g, p, n); \
+	MOVO n, (M+16*g)(BX); \
+	ROUNDS256(g, s, t, n); \
+	FINISH256(s, t)
+
+#define STEP1(f, g, abcd, a, b, M) \
+	MOVO     (M+16*(g&3))(BX), X15; \
+	SHA1MSG1 (M+16*((g+1)&3))(BX), X15; \
+	PXOR     (M+16*((g+2)&3))(BX), X15; \
+	SHA1MSG2 (M+16*((g+3)&3))(BX), X15; \
+	MOVO     X15, (M+16*(g&3))(BX); \
+	ROUNDS1(f, abcd, a, b, X15)
+
+#define BEGIN1(g, p, abcd, a, b, M) \
+	READ1(g, p, X15); \
+	MOVO X15, (M+16*g)(BX); \
+	ROUNDS1(0, abcd, a, b, X15)
+
+// The first group has no state before it from which the next e comes.
+#define FIRST1(p, abcd, a, b, M) \
+	READ1(0, p, X15); \
+	MOVO      X15, M(BX); \
+	PADDD     X15, a; \
+	MOVO      abcd, b; \
+	SHA1RNDS4 $0, a, abcd
+
+#define LOAD1(h, abcd, e) \
+	MOVOU  (h), abcd; \
+	PSHUFD $0x1b, abcd, abcd; \
+	MOVL   16(h), CX; \
+	PXOR   e, e; \
+	PINSRD $3, CX, e
+
+#define STORE1(h, abcd, e) \
+	PSHUFD $0x1b, abcd, abcd; \
+	MOVOU  abcd, (h); \
+	PEXTRD $3, e, CX; \
+	MOVL   CX, 16(h)
+
+#define STEPS256(g, w1, n1, w2, n2) \
+	STEP256(g, X1, X2, w1, n1, 0); \
+	STEP256(g, X3, X4, w2, n2, 64)
+
+#define STEPS1(f, g, a1, b1, a2, b2) \
+	STEP1(f, g, X9, a1, b1, 128); \
+	STEP1(f, g, X12, a2, b2, 192)
+
+// func four(ha, hb *[8]uint32, ga, gb *[5]uint32, pa, pb, qa, qb *byte, blocks int)
+TEXT ·four(SB), NOSPLIT, $400-72
+	MOVQ ha+0(FP), DI
+	MOVQ hb+8(FP), R8
+	MOVQ ga+16(FP), R9
+	MOVQ gb+24(FP), R10
+	MOVQ pa+32(FP), SI
+	MOVQ pb+40(FP), R11
+	MOVQ qa+48(FP), R12
+	MOVQ qb+56(FP), R13
+	MOVQ blocks+64(FP), DX
+	LEAQ k256<>(SB), AX
+	LEAQ 15(SP), BX
+	ANDQ $~15, BX
+	LOAD256(DI, X1, X2, X15)
+	LOAD256(R8, X3, X4, X15)
+	LOAD1(R9, X9, X10)
+	LOAD1(R10, X12, X13)
+
+fourLoop:
+	MOVO X1, 256(BX)
+	MOVO X2, 272(BX)
+	MOVO X3, 288(BX)
+	MOVO X4, 304(BX)
+	MOVO X9, 320(BX)
+	MOVO X10, 336(BX)
+	MOVO X12, 352(BX)
+	MOVO X13, 368(BX)
+	FIRST1(R12, X9, X10, X11, 128)
+	FIRST1(R13, X12, X13, X14, 192)
+	BEGIN256(0, SI, X1, X2, X5, 0)
+	BEGIN256(0, R11, X3, X4, X7, 64)
+	BEGIN1(1, R12, X9, X11, X10, 128)
+	BEGIN1(1, R13, X12, X14, X13, 192)
+	BEGIN256(1, SI, X1, X2, X6, 0)
+	BEGIN256(1, R11, X3, X4, X8, 64)
+	BEGIN1(2, R12, X9, X10, X11, 128)
+	BEGIN1(2, R13, X12, X13, X14, 192)
+	BEGIN256(2, SI, X1, X2, X5, 0)
+	BEGIN256(2, R11, X3, X4, X7, 64)
+	BEGIN1(3, R12, X9, X11, X10, 128)
+	BEGIN1(3, R13, X12, X14, X13, 192)
+	BEGIN256(3, SI, X1, X2, X6, 0)
+	BEGIN256(3, R11, X3, X4, X8, 64)
+	STEPS1(0, 4, X10, X11, X13, X14)
+	STEPS256(4, X6, X5, X8, X7)
+	STEPS1(1, 5, X11, X10, X14, X13)
+	STEPS256(5, X5, X6, X7, X8)
+	STEPS1(1, 6, X10, X11, X13, X14)
+	STEPS256(6, X6, X5, X8, X7)
+	STEPS1(1, 7, X11, X10, X14, X13)
+	STEPS1(1, 8, X10, X11, X13, X14)
+	STEPS256(7, X5, X6, X7, X8)
+	STEPS1(1, 9, X11, X10, X14, X13)
+	STEPS256(8, X6, X5, X8, X7)
+	STEPS1(2, 10, X10, X11, X13, X14)
+	STEPS256(9, X5, X6, X7, X8)
+	STEPS1(2, 11, X11, X10, X14, X13)
+	STEPS1(2, 12, X10, X11, X13, X14)
+	STEPS256(10, X6, X5, X8, X7)
+	STEPS1(2, 13, X11, X10, X14, X13)
+	STEPS256(11, X5, X6, X7, X8)
+	STEPS1(2, 14, X10, X11, X13, X14)
+	STEPS256(12, X6, X5, X8, X7)
+	STEPS1(3, 15, X11, X10, X14, X13)
+	STEPS1(3, 16, X10, X11, X13, X14)
+	STEPS256(13, X5, X6, X7, X8)
+	STEPS1(3, 17, X11, X10, X14, X13)
+	STEPS256(14, X6, X5, X8, X7)
+	STEPS1(3, 18, X10, X11, X13, X14)
+	STEPS256(15, X5, X6, X7, X8)
+	STEPS1(3, 19, X11, X10, X14, X13)
+	PADDD     256(BX), X1
+	PADDD     272(BX), X2
+	PADDD     288(BX), X3
+	PADDD     304(BX), X4
+	PADDD     320(BX), X9
+	SHA1NEXTE 336(BX), X10
+	PADDD     352(BX), X12
+	SHA1NEXTE 368(BX), X13
+	ADDQ      $64, SI
+	ADDQ      $64, R11
+	ADDQ      $64, R12
+	ADDQ      $64, R13
+	DECQ      DX
+	JNZ       fourLoop
+	STORE256(DI, X1, X2, X15)
+	STORE256(R8, X3, X4, X15)
+	STORE1(R9, X9, X10)
+	STORE1(R10, X12, X13)
+	RET

@@ -5,7 +5,9 @@ import (
 	"crypto/sha256"
 	"math/rand/v2"
 	"slices"
+	"sync"
 	"testing"
+	"time"
 )
 
 func random(n int) []byte {
@@ -111,6 +113,15 @@ func BenchmarkSums(b *testing.B) {
 			sha256.Sum256(p)
 		}
 	})
+	b.Run("two files", func(b *testing.B) {
+		b.SetBytes(2 << 20)
+		q, m := slices.Clone(p), NewMulti(nil)
+		s, o := m.New(), m.New()
+		for b.Loop() {
+			x, y := start256, start256
+			together(&job{h: &x, g: &s.h, p: p, q: p, blocks: len(p) / block}, &job{h: &y, g: &o.h, p: q, q: q, blocks: len(p) / block}, len(p)/block)
+		}
+	})
 	b.Run("pair", func(b *testing.B) {
 		b.SetBytes(2 << 20)
 		q := slices.Clone(p)
@@ -124,4 +135,79 @@ func BenchmarkSums(b *testing.B) {
 			sha256.Sum256(p)
 		}
 	})
+}
+
+// Pieces of all sizes of many files at a time, some alone, some together, some given up by the other in the middle.
+func TestMultiIsAsAlone(t *testing.T) {
+	p := random(4 << 20)
+	for _, tt := range []struct {
+		name     string
+		spare    func(int) bool
+		patience time.Duration
+	}{
+		{"waits", func(int) bool { return true }, patience},
+		{"waits in vain", func(int) bool { return true }, time.Microsecond},
+		{"never waits", func(int) bool { return false }, patience},
+		{"waits while others work", func(parked int) bool { return parked < 4 }, patience},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			m := NewMulti(tt.spare)
+			m.patience = tt.patience
+			var wg sync.WaitGroup
+			for i := range 8 {
+				wg.Go(func() {
+					r := rand.New(rand.NewPCG(uint64(i), 2))
+					for range 10 {
+						s, at := m.New(), 0
+						for at < len(p) {
+							n := min(len(p)-at, r.IntN(1<<r.IntN(22)+1))
+							if s.Sum256(p[at:at+n]) != sha256.Sum256(p[at:at+n]) {
+								t.Errorf("SHA-256 of %d bytes at %d", n, at)
+								return
+							}
+							at += n
+						}
+						if s.Sum() != sha1.Sum(p) {
+							t.Error("SHA-1 of all")
+						}
+					}
+				})
+			}
+			wg.Wait()
+			if m.parked != 0 || m.waiting != nil {
+				t.Errorf("%d are parked, %v waits", m.parked, m.waiting)
+			}
+		})
+	}
+}
+
+// Who waits is done by the next who comes, all of what the two have in common.
+func TestMultiShares(t *testing.T) {
+	if !hardware {
+		t.Log("this processor hashes one at a time")
+		return
+	}
+	p := random(1 << 20)
+	asked := 0
+	m := NewMulti(func(int) bool { asked++; return asked == 1 }) // what the first has beyond the second it does alone
+	m.patience = time.Minute
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if m.New().Sum256(p) != sha256.Sum256(p) {
+			t.Error("SHA-256 of who waited")
+		}
+	}()
+	for waits := false; !waits; {
+		m.mu.Lock()
+		waits = m.waiting != nil
+		m.mu.Unlock()
+	}
+	if q := p[:1<<19]; m.New().Sum256(q) != sha256.Sum256(q) {
+		t.Error("SHA-256 of who came")
+	}
+	<-done
+	if m.shared != 1<<19/block {
+		t.Errorf("%d blocks were shared", m.shared)
+	}
 }
