@@ -431,8 +431,8 @@ func (st *stream) drain(ctx context.Context, all bool) error {
 			break
 		}
 		if len(b) == 0 {
-			d, err := st.s.save(ctx, a)
-			if err != nil {
+			d := id.ID(st.s.sums.Sum256(a))
+			if err := st.s.saveAs(ctx, d, a); err != nil {
 				return fmt.Errorf("save metadata: %w", err)
 			}
 			st.ids = append(st.ids, d)

@@ -704,6 +704,14 @@ func mulFull(a, b uint64) (p uint64) {
 	return p
 }
 
+// withRepeats makes n bytes of each 4000 those of 1000 before.
+func withRepeats(p []byte, n int) []byte {
+	for i := 2000; i+n < len(p); i += 4000 {
+		copy(p[i:i+n], p[i-1000:])
+	}
+	return p
+}
+
 func TestIncompressible(t *testing.T) {
 	for name, c := range map[string]struct {
 		data []byte
@@ -715,6 +723,8 @@ func TestIncompressible(t *testing.T) {
 		"repeated": {bytes.Repeat(noise(2, 5000), 200), false},
 		"small":    {noise(3, 1000), false},
 		"half":     {append(noise(4, 1<<19), text(5, 1<<19)...), false},
+		"a tenth":  {withRepeats(noise(6, 1<<20), 400), false},
+		"a 40th":   {withRepeats(noise(7, 1<<20), 100), true},
 	} {
 		if got := new(compressor).incompressible(c.data); got != c.want {
 			t.Errorf("%s: %v", name, got)

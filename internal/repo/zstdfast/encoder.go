@@ -21,6 +21,9 @@ const (
 	blockRaw, blockCompressed          = 0, 2
 	literalsRaw, literalsRLE           = 0, 1
 	literalsCompressed, literalsReused = 2, 3
+
+	repeatsTable = 13 // the logarithm of how many hashes Repeats remembers: they stay in the nearest cache
+	sequenceCost = 4  // bytes, about
 )
 
 // sequence is some literals and the match that follows them: the codes of how many literals, of the offset and of the
@@ -47,7 +50,7 @@ func (e *Encoder) Append(dst, src []byte) []byte {
 	// Descriptor: size of the content in four bytes, no single segment, which would make the content the window.
 	dst = append(dst, 2<<6, (windowLog-10)<<3)
 	dst = binary.LittleEndian.AppendUint32(dst, uint32(len(src)))
-	e.finder.reset(src)
+	e.finder.reset(logOf(src))
 	e.huff.Reuse = huff0.ReusePolicyNone // what the last frame had
 	recent := uint32(1)                  // as the format begins
 	for start := 0; ; start += blockBytes {
@@ -75,6 +78,19 @@ func (e *Encoder) Append(dst, src []byte) []byte {
 			return dst
 		}
 	}
+}
+
+// Repeats tells, for a piece of up to 128 KiB, about how many bytes shorter it becomes because parts of it occur twice. That takes a
+// fraction of the time of Append.
+func (e *Encoder) Repeats(src []byte) int {
+	src = src[:min(len(src), blockBytes)]
+	e.finder.reset(min(repeatsTable, logOf(src)))
+	e.finder.find(src, 0, len(src), 1)
+	saved := -len(e.finder.sequences) * sequenceCost
+	for i := range e.finder.sequences {
+		saved += int(e.finder.sequences[i].length) + 3
+	}
+	return max(0, saved)
 }
 
 // appendLiterals appends the literals of a block, which may be no smaller then.

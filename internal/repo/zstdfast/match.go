@@ -34,8 +34,12 @@ type finder struct {
 	at        [look]uint32          // for each position looked at the one before with the same hash
 }
 
-func (f *finder) reset(src []byte) {
-	f.log = uint(min(maxTable, max(9, bits.Len(uint(len(src))))))
+// logOf returns the logarithm of how many hashes are worth remembering of src.
+func logOf(src []byte) uint { return uint(min(maxTable, max(9, bits.Len(uint(len(src)))))) }
+
+// reset forgets what was seen, and remembers 1<<log hashes from now on.
+func (f *finder) reset(log uint) {
+	f.log = log
 	clear(f.table[:1<<f.log])
 	if f.sequences == nil {
 		f.sequences = make([]match, maxSequences)

@@ -159,8 +159,8 @@ func TestCandidates(t *testing.T) {
 	a, b := new(finder), new(finder)
 	for name, src := range samples() {
 		src = src[:min(len(src), 40_000)]
-		a.reset(src)
-		b.reset(src)
+		a.reset(logOf(src))
+		b.reset(logOf(src))
 		for p := uint(1); p+margin <= uint(len(src)); p += look {
 			base := unsafe.Pointer(unsafe.SliceData(src))
 			if x, y := a.candidates(base, p, look), b.candidates64(base, p); x != y || a.at != b.at {
@@ -294,5 +294,27 @@ func BenchmarkAppend(b *testing.B) {
 				}
 			})
 		}
+	}
+}
+
+func TestRepeats(t *testing.T) {
+	var e Encoder
+	half := append(make([]byte, 0, 40<<10), randomBytes(20<<10, 1)...)
+	for _, tt := range []struct {
+		name        string
+		src         []byte
+		least, most int
+	}{
+		{"nothing", nil, 0, 0},
+		{"noise", randomBytes(100<<10, 2), 0, 0},
+		{"twice the same", append(half, half...), 19 << 10, 20 << 10},
+		{"zeros, of which 128 KiB are looked at", make([]byte, 1<<20), blockBytes - 64, blockBytes},
+	} {
+		if n := e.Repeats(tt.src); n < tt.least || n > tt.most {
+			t.Errorf("%s: %d", tt.name, n)
+		}
+	}
+	if out := e.Append(nil, half); len(out) < 20<<10 {
+		t.Error("what Repeats saw changes the next frame")
 	}
 }
