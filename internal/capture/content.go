@@ -98,12 +98,16 @@ var tarBuffer = 2*tarChunks.Max + 64<<10
 // newSaver returns a saver for those who are at work while they have one of slots.
 func newSaver(t Target, seed [32]byte, read *atomic.Int64, l Limits, slots chan struct{}) *saver {
 	s := &saver{target: t, read: read, busy: make(chan struct{}, l.Compressors), files: chunk.New(seed, fileChunks), tars: chunk.New(seed, tarChunks)}
-	processors := cpus.Count()
-	s.sums = sums.NewMulti(func(parked int) bool { return len(slots)-parked >= processors })
+	s.sums = sums.NewMulti(enoughAtWork(slots, cpus.Count()))
 	s.bufs = newFreeList(fileBuffer, l.Workers)
 	s.small = newFreeList(smallFile+1, l.Workers)
 	s.heads = newFreeList(tarBuffer, l.Workers)
 	return s
+}
+
+// enoughAtWork returns a function that tells whether those who have one of slots keep the processors busy while so many of them are parked.
+func enoughAtWork(slots chan struct{}, processors int) func(parked int) bool {
+	return func(parked int) bool { return len(slots)-parked >= processors }
 }
 
 // content is what a file holds: the blobs in order.

@@ -94,3 +94,21 @@ func TestCutsOfAStream(t *testing.T) {
 		}
 	}
 }
+
+func TestEnoughAtWork(t *testing.T) {
+	slots := make(chan struct{}, 4)
+	enough := enoughAtWork(slots, 2)
+	for busy := range 5 {
+		for parked := range 5 {
+			if got, want := enough(parked), busy-parked >= 2; got != want {
+				t.Errorf("%d at work, %d of them parked: %v", busy, parked, got)
+			}
+		}
+		if busy < 4 {
+			slots <- struct{}{}
+		}
+	}
+	if enoughAtWork(nil, 2)(1) {
+		t.Error("nobody is at work")
+	}
+}

@@ -250,7 +250,7 @@ const (
 )
 
 // incompressible says, from samples, that zstd would not gain 3 %. Videos, photos, archives and
-// encrypted files are like that, and most of the bytes on many servers. It costs some 15 µs, and
+// encrypted files are like that, and most of the bytes on many servers. It costs some 17 µs, and
 // 5 µs for data that is plainly compressible; zstd itself needs 0.6 ms for a mebibyte of noise.
 func (c *compressor) incompressible(data []byte) bool {
 	if len(data) < 2*trialSize {
@@ -267,25 +267,51 @@ func (c *compressor) incompressible(data []byte) bool {
 			count[3][p[3]]++
 		}
 	}
-	const total = sampleSize * sampleCount
-	entropy := 0.0 // in bits a byte
 	for i := range 256 {
-		if n := count[0][i] + count[1][i] + count[2][i] + count[3][i]; n > 0 {
-			entropy -= float64(n) / total * math.Log2(float64(n)/total)
-		}
+		count[0][i] += count[1][i] + count[2][i] + count[3][i]
 	}
-	if entropy < 7.7 { // 8 x 0.97, less what the sample may be off
+	evenly := entropy(&count[0], sampleSize*sampleCount)
+	if evenly < 7.7 { // 8 x 0.97, less what the sample may be off
 		return false
 	}
-	// Evenly spread bytes may still repeat: look at a piece from the middle and one from the end.
+	// Evenly spread bytes may still repeat, or be less evenly spread in places: look at a piece from the middle and one from the end.
 	for _, at := range []int{len(data)/2 - trialSize/2, len(data) - trialSize} {
-		left := trialSize - c.fast.Repeats(data[at:at+trialSize])
-		if worthIt(int(float64(left)*entropy/8), trialSize) {
+		piece := data[at : at+trialSize]
+		count[0] = [256]uint32{}
+		n := 0
+		for i := 0; i < len(piece); i += 5 { // no width of a record
+			count[0][piece[i]]++
+			n++
+		}
+		left := float64(trialSize-c.fast.Repeats(piece)) * min(evenly, entropy(&count[0], n)+0.03) / 8
+		if worthIt(int(left), trialSize) {
 			return false
 		}
 	}
 	return true
 }
+
+// entropy returns that of n bytes of which count tells how often each occurs, in bits a byte. Of a sample of 6,500 bytes of noise
+// it is 0.03 less than of all.
+func entropy(count *[256]uint32, n int) float64 {
+	sum := 0.0
+	for _, k := range count {
+		if int(k) < len(timesLog) {
+			sum += timesLog[k]
+		} else {
+			sum += float64(k) * math.Log2(float64(k))
+		}
+	}
+	return math.Log2(float64(n)) - sum/float64(n)
+}
+
+// timesLog has k log2 k.
+var timesLog = func() (t [256]float64) {
+	for k := 1; k < len(t); k++ {
+		t[k] = float64(k) * math.Log2(float64(k))
+	}
+	return t
+}()
 
 // decompressBlob appends the content of a compressed blob, which has size bytes, to dst.
 func decompressBlob(dst, data []byte, size int) ([]byte, error) {

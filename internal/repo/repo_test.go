@@ -3,11 +3,13 @@ package repo
 import (
 	"bytes"
 	"context"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -704,10 +706,18 @@ func mulFull(a, b uint64) (p uint64) {
 	return p
 }
 
-// withRepeats makes n bytes of each 4000 those of 1000 before.
-func withRepeats(p []byte, n int) []byte {
-	for i := 2000; i+n < len(p); i += 4000 {
-		copy(p[i:i+n], p[i-1000:])
+// withRepeats makes n bytes of each so many those from some distance before.
+func withRepeats(p []byte, n, each int) []byte {
+	for i := 2000; i+n < len(p); i += each {
+		copy(p[i:i+n], p[i-1000-i%777:])
+	}
+	return p
+}
+
+// withColumns makes records of 120 bytes, of which 6 are always the same.
+func withColumns(p []byte) []byte {
+	for i := 0; i+6 <= len(p); i += 120 {
+		copy(p[i:], "column")
 	}
 	return p
 }
@@ -723,8 +733,13 @@ func TestIncompressible(t *testing.T) {
 		"repeated": {bytes.Repeat(noise(2, 5000), 200), false},
 		"small":    {noise(3, 1000), false},
 		"half":     {append(noise(4, 1<<19), text(5, 1<<19)...), false},
-		"a tenth":  {withRepeats(noise(6, 1<<20), 400), false},
-		"a 40th":   {withRepeats(noise(7, 1<<20), 100), true},
+		"a tenth":  {withRepeats(noise(6, 1<<20), 400, 4000), false},
+		"a 40th":   {withRepeats(noise(7, 1<<20), 100, 4000), true},
+		// What is less evenly spread, or repeats, in the middle or at the end alone.
+		"base64":  {append(noise(8, 768<<10), base64.StdEncoding.EncodeToString(noise(9, 192<<10))...), false},
+		"middle":  {slices.Concat(noise(10, 500<<10), make([]byte, 40<<10), noise(11, 500<<10)), false},
+		"short":   {withRepeats(noise(12, 1<<20), 8, 240), true}, // what it takes to say so is about as long
+		"columns": {withColumns(noise(13, 1<<20)), false},
 	} {
 		if got := new(compressor).incompressible(c.data); got != c.want {
 			t.Errorf("%s: %v", name, got)

@@ -9,8 +9,12 @@ import (
 const (
 	// worthWaiting is how many blocks a piece must have to wait for another: fewer are done while one waits.
 	worthWaiting = 512
-	// patience bounds how long a piece waits for another. Others may be waiting for a disk, and a processor be idle meanwhile.
+	// worthJoining is how many a piece must have to join one that waits: that would otherwise be woken for nothing.
+	worthJoining = 64
+	// patience bounds how long a piece waits for others. They may be waiting for a disk, and a processor be idle meanwhile.
 	patience = 3 * time.Millisecond
+	// mostVain bounds for how many pieces nobody waits after some have waited in vain: a power of two.
+	mostVain = 6
 )
 
 // Multi lets files that are read at the same time share a processor while they are hashed (multi-buffer hashing): the four checksums of
@@ -22,6 +26,8 @@ type Multi struct {
 	mu      sync.Mutex
 	parked  int  // goroutines that wait, or of which another one does the work
 	waiting *job // for another one to join
+	vain    int  // how many waited in vain since one was joined, at most mostVain
+	skip    int  // how many shall not wait
 
 	shared int // blocks that were hashed with those of another, for tests
 }
@@ -41,6 +47,9 @@ func (m *Multi) New() *SHA1 {
 
 // Sum256 returns the SHA-256 of p, for which a SHA-1 is nothing to wait for either.
 func (m *Multi) Sum256(p []byte) [sha256.Size]byte {
+	if !hardware {
+		return sha256.Sum256(p)
+	}
 	return m.New().Sum256(p)
 }
 
@@ -60,29 +69,37 @@ func (j *job) advance(n int) {
 
 // run does j, together with others where it meets them.
 func (m *Multi) run(j *job) {
-	alone := j.blocks < worthWaiting
-	if !alone {
-		j.back = make(chan struct{}, 1)
-	}
+	j.back = make(chan struct{}, 1)
+	var timer *time.Timer // one for all that j waits
+	defer func() {
+		if timer != nil {
+			timer.Stop()
+		}
+	}()
+	alone := false
 	for j.blocks > 0 {
 		m.mu.Lock()
 		other := m.waiting
 		switch {
-		case other != nil:
+		case other != nil && j.blocks >= worthJoining:
 			m.waiting = nil
 			n := min(j.blocks, other.blocks)
 			m.shared += n
+			m.vain = 0
 			m.mu.Unlock()
 			together(j, other, n)
 			m.mu.Lock()
 			m.parked--
 			m.mu.Unlock()
 			other.back <- struct{}{}
-		case !alone && m.spare(m.parked+1):
+		case !alone && other == nil && j.blocks >= worthWaiting && m.mayWait():
 			m.waiting = j
 			m.parked++
 			m.mu.Unlock()
-			alone = !m.wait(j)
+			if timer == nil {
+				timer = time.NewTimer(m.patience)
+			}
+			alone = !m.wait(j, timer)
 		default:
 			m.mu.Unlock()
 			j.alone(min(step, j.blocks))
@@ -90,10 +107,17 @@ func (m *Multi) run(j *job) {
 	}
 }
 
-// wait returns when another one has done a part of j, or after a while, and reports false then.
-func (m *Multi) wait(j *job) bool {
-	t := time.NewTimer(m.patience)
-	defer t.Stop()
+// mayWait tells whether one more may wait. The lock is held.
+func (m *Multi) mayWait() bool {
+	if m.skip > 0 {
+		m.skip--
+		return false
+	}
+	return m.spare(m.parked + 1)
+}
+
+// wait returns when another one has done a part of j, or when the time is over, and reports false then.
+func (m *Multi) wait(j *job, t *time.Timer) bool {
 	select {
 	case <-j.back:
 		return true
@@ -104,10 +128,12 @@ func (m *Multi) wait(j *job) bool {
 	if waits {
 		m.waiting = nil
 		m.parked--
+		m.vain = min(m.vain+1, mostVain)
+		m.skip = 1<<m.vain - 1
 	}
 	m.mu.Unlock()
 	if !waits { // it is being done
 		<-j.back
 	}
-	return !waits
+	return false
 }

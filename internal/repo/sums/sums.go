@@ -20,6 +20,12 @@ const (
 	step = 1024
 )
 
+// What the sums begin with: FIPS 180-4, 5.3.
+var (
+	start1   = [5]uint32{0x67452301, 0xefcdab89, 0x98badcfe, 0x10325476, 0xc3d2e1f0}
+	start256 = [8]uint32{0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a, 0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19}
+)
+
 // SHA1 is the state of a SHA-1, which takes data as it comes. Use New. Not for concurrent use.
 type SHA1 struct {
 	std  hash.Hash // instead of what follows, without the instructions

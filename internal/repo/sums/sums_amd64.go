@@ -10,12 +10,6 @@ import (
 
 var hardware = cpuid.CPU.Supports(cpuid.SHA, cpuid.SSSE3, cpuid.SSE4)
 
-// What the sums begin with: FIPS 180-4, 5.3.
-var (
-	start1   = [5]uint32{0x67452301, 0xefcdab89, 0x98badcfe, 0x10325476, 0xc3d2e1f0}
-	start256 = [8]uint32{0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a, 0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19}
-)
-
 // both adds blocks at p256 to h256 and as many at p1 to h1. There must be one at least.
 //
 //go:noescape
@@ -55,18 +49,25 @@ func (s *SHA1) sum256(p []byte) [sha256.Size]byte {
 	}
 	s.size += uint64(len(p))
 	n := len(rest) / block
-	j := job{h: &h, g: &s.h, p: p, q: rest, blocks: n}
-	if s.multi != nil {
-		s.multi.run(&j)
-	}
-	for j.blocks > 0 {
-		j.alone(min(step, j.blocks))
+	if s.multi != nil && n >= worthJoining {
+		h = s.shared(p, rest, n)
+	} else {
+		for i := 0; i < n; i += step {
+			both(&h, &s.h, &p[i*block], &rest[i*block], min(step, n-i))
+		}
 	}
 	if k := int(s.size % block); len(rest) > 0 {
 		copy(s.tail[:k], rest[n*block:])
 	}
 	// What the SHA-1 had too little of, or had in its tail: two blocks at most, and the last one.
 	return finish256(&h, p[n*block:], len(p))
+}
+
+// shared is for n blocks of p and of rest that are enough to share a processor with those of another.
+func (s *SHA1) shared(p, rest []byte, n int) [8]uint32 {
+	h := start256
+	s.multi.run(&job{h: &h, g: &s.h, p: p, q: rest, blocks: n})
+	return h
 }
 
 // alone does n blocks of j, at most step.

@@ -114,6 +114,9 @@ func BenchmarkSums(b *testing.B) {
 		}
 	})
 	b.Run("two files", func(b *testing.B) {
+		if !hardware {
+			b.Skip("this processor hashes one at a time")
+		}
 		b.SetBytes(2 << 20)
 		q, m := slices.Clone(p), NewMulti(nil)
 		s, o := m.New(), m.New()
@@ -174,10 +177,76 @@ func TestMultiIsAsAlone(t *testing.T) {
 				})
 			}
 			wg.Wait()
+			if hardware && tt.name == "waits" && m.shared == 0 {
+				t.Error("none met another")
+			}
 			if m.parked != 0 || m.waiting != nil {
 				t.Errorf("%d are parked, %v waits", m.parked, m.waiting)
 			}
 		})
+	}
+}
+
+// Four sums of four texts, which lie anywhere, end anywhere, and begin where others ended.
+func TestTogether(t *testing.T) {
+	if !hardware {
+		t.Log("this processor hashes one at a time")
+		return
+	}
+	p := random(1 << 20)
+	for _, n := range []int{1, 2, 511, 512, 513, 1024, 1025} {
+		for off := range 16 {
+			jobs, alone := [2]job{}, [2]job{}
+			for i := range jobs {
+				texts := [2][]byte{p[i*300_000+off:], p[i*300_000+150_000+3*off:]}
+				start := job{p: texts[0][:n*block+5], q: texts[1][:n*block+5], blocks: n + i}
+				h, g := start256, start1
+				h[off%8], g[off%5] = uint32(off), uint32(n+i)
+				h2, g2 := h, g
+				jobs[i], alone[i] = start, start
+				jobs[i].h, jobs[i].g = &h, &g
+				for done := 0; done < n; done += step {
+					both(&h2, &g2, &texts[0][done*block], &texts[1][done*block], min(step, n-done))
+				}
+				alone[i].h, alone[i].g = &h2, &g2
+			}
+			together(&jobs[0], &jobs[1], n)
+			for i := range jobs {
+				if *jobs[i].h != *alone[i].h || *jobs[i].g != *alone[i].g || jobs[i].blocks != i || len(jobs[i].p) != 5 || len(jobs[i].q) != 5 {
+					t.Fatalf("job %d, %d blocks at %d: %+v", i, n, off, jobs[i])
+				}
+			}
+		}
+	}
+}
+
+// Who has waited in vain tells others, and small pieces wait for nobody and are waited for by nobody.
+func TestMultiGivesUp(t *testing.T) {
+	if !hardware {
+		t.Log("this processor hashes one at a time")
+		return
+	}
+	p := random(1 << 20)
+	var asked []int
+	m := NewMulti(func(parked int) bool { asked = append(asked, parked); return true })
+	m.patience = time.Nanosecond
+	for range 1 + 1 + 1 + 3 + 1 + 7 + 1 {
+		m.New().Sum256(p[:worthWaiting*block])
+	}
+	// Of the pieces between those that asked, more each time.
+	if !slices.Equal(asked, []int{1, 1, 1, 1}) || m.vain != 4 {
+		t.Errorf("asked with %d parked, %d in vain", asked, m.vain)
+	}
+	m.skip, asked = 0, nil
+	m.New().Sum256(p[:(worthWaiting-1)*block])
+	if asked != nil {
+		t.Error("a small piece would wait")
+	}
+	waiting := &job{blocks: 1000}
+	m.waiting = waiting
+	m.New().Sum256(p[:(worthJoining-1)*block])
+	if m.waiting != waiting || m.shared != 0 {
+		t.Error("a small piece has woken who waits")
 	}
 }
 
@@ -191,6 +260,7 @@ func TestMultiShares(t *testing.T) {
 	asked := 0
 	m := NewMulti(func(int) bool { asked++; return asked == 1 }) // what the first has beyond the second it does alone
 	m.patience = time.Minute
+	m.vain = 3
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
@@ -207,7 +277,7 @@ func TestMultiShares(t *testing.T) {
 		t.Error("SHA-256 of who came")
 	}
 	<-done
-	if m.shared != 1<<19/block {
-		t.Errorf("%d blocks were shared", m.shared)
+	if m.shared != 1<<19/block || m.vain != 0 {
+		t.Errorf("%d blocks were shared, %d waited in vain", m.shared, m.vain)
 	}
 }

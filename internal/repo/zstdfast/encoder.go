@@ -86,9 +86,13 @@ func (e *Encoder) Repeats(src []byte) int {
 	src = src[:min(len(src), blockBytes)]
 	e.finder.reset(min(repeatsTable, logOf(src)))
 	e.finder.find(src, 0, len(src), 1)
-	saved := -len(e.finder.sequences) * sequenceCost
+	saved := 0
 	for i := range e.finder.sequences {
-		saved += int(e.finder.sequences[i].length) + 3
+		q := &e.finder.sequences[i]
+		saved += int(q.length) + 3 - sequenceCost
+		if q.offset == 1 { // the distance of the last one
+			saved += sequenceCost - 1
+		}
 	}
 	return max(0, saved)
 }
