@@ -85,12 +85,6 @@ type frame struct {
 	fresh, absent bool
 	// all: what is made here may get attributes by itself (default access lists).
 	all bool
-	// narrow: made by this run inside another that is, and not opened, since most hold a single name: blobs have four folders each. Until
-	// their turn to get an owner and a mode both are closed to all but this run, so no name in between can become a link. base is the
-	// index of the frame that is open, and via the way from there.
-	made, narrow, used bool
-	base               int
-	via                string
 	// same: it is the folder of the view that is restored, unchanged, so its names and attributes are right.
 	same bool
 	// seen are the names that came so far, kept where others may be there.
@@ -125,45 +119,6 @@ func inherits(fd int) bool {
 	return err == nil && n > 0
 }
 
-// The way through folders that are not opened is bounded: in bytes, because the system takes 4096, and in folders, so that
-// the one that is open is among those that are kept so.
-const (
-	narrowWay    = 512
-	narrowFrames = openFrames / 4
-)
-
-// at returns by what directory, and by what path, name in f is reached.
-func (a *applier) at(f *frame, name string) (int, string) {
-	if f.narrow {
-		return a.stack[f.base].fd, f.via + "/" + name
-	}
-	return f.fd, name
-}
-
-// mayStayClosed tells whether n, just made in f, is reached well enough by way, and makes it narrow then.
-func (a *applier) mayStayClosed(f, n *frame, way string) bool {
-	n.base, n.via = len(a.stack)-1, way
-	if f.narrow {
-		n.base = f.base
-	}
-	// In a folder of somebody else, or one that lets others in by itself, n could be moved away and a link be put in its place.
-	n.narrow = n.made && f.made && !n.all && len(way) <= narrowWay && len(a.stack)-n.base <= narrowFrames
-	return n.narrow
-}
-
-// widen opens a narrow folder.
-func (a *applier) widen(f *frame) error {
-	if !f.narrow {
-		return nil
-	}
-	fd, err := openSubdir(a.stack[f.base].fd, f.via)
-	if err != nil {
-		return fmt.Errorf("open folder: %w", err)
-	}
-	f.fd, f.narrow = fd, false
-	return nil
-}
-
 func (a *applier) top() *frame { return &a.stack[len(a.stack)-1] }
 
 // put restores one entry, contents excepted. It returns an error only if the run cannot go on.
@@ -187,12 +142,6 @@ func (a *applier) put(e *entry) error {
 		return a.failed(e, err)
 	}
 	f := a.top()
-	if f.used {
-		if err := a.widen(f); err != nil {
-			return a.failed(e, err)
-		}
-	}
-	f.used = true
 	if !f.own {
 		if !d.claim(e.rel, whole) {
 			return a.failed(e, refused("the name comes twice"))
@@ -300,9 +249,6 @@ func (a *applier) enter(dir string) error {
 			rest = dir[len(f.rel)+1:]
 		}
 		name, _, _ := strings.Cut(rest, "/")
-		if err := a.widen(f); err != nil {
-			return err
-		}
 		rel := joinPath(f.rel, name)
 		a.d.claim(rel, way)
 		if f.absent {
@@ -359,18 +305,10 @@ func (a *applier) pop() error {
 	if err != nil {
 		return err
 	}
-	if len(a.stack) > 1 && a.closed(a.top()) {
+	if len(a.stack) > 1 && a.top().fd < 0 && !a.top().absent {
 		return a.reopen()
 	}
 	return nil
-}
-
-// closed reports whether f has to be opened again before it can be worked in.
-func (a *applier) closed(f *frame) bool {
-	if f.narrow {
-		return a.stack[f.base].fd < 0
-	}
-	return f.fd < 0 && !f.absent
 }
 
 // reopen opens the last directories of a deep way again, several at once, because the first of them
@@ -392,7 +330,6 @@ func (a *applier) reopen() error {
 			f.fd = -1
 			return a.d.fail(f.from, f.rel, err)
 		}
-		f.narrow = false
 	}
 	return nil
 }
@@ -433,30 +370,18 @@ func (a *applier) leave(f *frame) error {
 	if d.run.dry || !f.own {
 		return nil
 	}
-	m := f.m
-	var (
-		st  unix.Stat_t
-		err error
-	)
-	if f.narrow {
-		err = unix.Fstatat(a.stack[f.base].fd, f.via, &st, unix.AT_SYMLINK_NOFOLLOW)
-	} else {
-		err = unix.Fstat(f.fd, &st)
-	}
-	if err != nil {
+	var st unix.Stat_t
+	if err := unix.Fstat(f.fd, &st); err != nil {
 		return d.fail(f.from, f.rel, err)
 	}
+	m := f.m
 	if d.run.euid != 0 && m.mode&0o700 != 0o700 {
 		d.mu.Lock()
 		d.modes = append(d.modes, lateMode{f.rel, m.mode})
 		d.mu.Unlock()
 		m.mode |= 0o700
 	}
-	if f.narrow {
-		_, err = d.setMetaAt(a.stack[f.base].fd, f.via, &st, &m, false)
-	} else {
-		_, err = d.setMeta(f.fd, &st, &m, !f.same && (f.all || !f.fresh))
-	}
+	_, err := d.setMeta(f.fd, &st, &m, !f.same && (f.all || !f.fresh))
 	d.settled(&st, &m)
 	if err != nil {
 		return d.fail(f.from, f.rel, err)
@@ -546,8 +471,7 @@ func (a *applier) dir(f *frame, name string, e *entry) error {
 		return nil
 	}
 	if st == nil {
-		dir, way := a.at(f, name)
-		err := unix.Mkdirat(dir, way, 0o700)
+		err := unix.Mkdirat(f.fd, name, 0o700)
 		if err == unix.EEXIST {
 			d.mu.Lock()
 			made := d.implicit[e.rel]
@@ -559,14 +483,7 @@ func (a *applier) dir(f *frame, name string, e *entry) error {
 		} else if err != nil {
 			return fmt.Errorf("make folder: %w", err)
 		}
-		n.fresh, n.made = true, err == nil
-		if a.mayStayClosed(f, &n, way) {
-			a.push(n)
-			return nil
-		}
-		if err := a.widen(f); err != nil {
-			return err
-		}
+		n.fresh = true
 	}
 	if !n.fresh && d.run.euid != 0 && st.Mode&0o700 != 0o700 && !d.run.dry {
 		if err := chmodAt(f.fd, name, st.Mode&0o7777|0o700); err != nil {
@@ -663,18 +580,17 @@ func (a *applier) special(f *frame, name string, e *entry) error {
 		add(&d.res.Files, 1)
 		return nil
 	}
-	dir, way := a.at(f, name)
 	switch {
 	case e.typ == snapshot.Symlink:
 		if strings.IndexByte(e.link, 0) >= 0 || e.link == "" {
 			return refused("a symbolic link to %q", e.link)
 		}
-		err = unix.Symlinkat(e.link, dir, way)
+		err = unix.Symlinkat(e.link, f.fd, name)
 	case device && d.run.euid != 0:
 		d.run.warnOnce("device", fmt.Sprintf("device files are not restored at %s: only root may make them", d.path))
 		return nil
 	default:
-		err = unix.Mknodat(dir, way, want|0o600, int(e.rdev))
+		err = unix.Mknodat(f.fd, name, want|0o600, int(e.rdev))
 	}
 	if err == unix.EEXIST {
 		return a.twice()
@@ -687,10 +603,10 @@ func (a *applier) special(f *frame, name string, e *entry) error {
 		return fmt.Errorf("make %s: %w", e.typ, err)
 	}
 	var now unix.Stat_t
-	if err := unix.Fstatat(dir, way, &now, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+	if err := unix.Fstatat(f.fd, name, &now, unix.AT_SYMLINK_NOFOLLOW); err != nil {
 		return err
 	}
-	_, err = d.setMetaAt(dir, way, &now, &e.meta, all)
+	_, err = d.setMetaAt(f.fd, name, &now, &e.meta, all)
 	add(&d.res.Files, 1)
 	return err
 }
@@ -763,8 +679,7 @@ func (a *applier) file(f *frame, name string, e *entry) error {
 		return nil
 	}
 	if later {
-		dir, way := a.at(f, name)
-		err := unix.Mknodat(dir, way, unix.S_IFREG|0o600, 0)
+		err := unix.Mknodat(f.fd, name, unix.S_IFREG|0o600, 0)
 		if err == unix.EEXIST {
 			return a.twice()
 		}
@@ -782,8 +697,7 @@ func (a *applier) file(f *frame, name string, e *entry) error {
 // newFile makes a file with content from r, nil for none.
 func (a *applier) newFile(f *frame, name string, e *entry, j *job, r io.Reader) error {
 	d := a.d
-	dir, way := a.at(f, name)
-	fd, err := openat(dir, way, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW)
+	fd, err := openat(f.fd, name, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW)
 	if err == unix.EEXIST {
 		return a.twice()
 	}
@@ -794,7 +708,7 @@ func (a *applier) newFile(f *frame, name string, e *entry, j *job, r io.Reader) 
 	var st *unix.Stat_t
 	if r != nil {
 		if st, err = j.fill(fd, r); err != nil {
-			_ = unix.Unlinkat(dir, way, 0) // half a file must not look like a whole one
+			_ = unix.Unlinkat(f.fd, name, 0) // half a file must not look like a whole one
 			return err
 		}
 	}
