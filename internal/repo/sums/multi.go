@@ -13,7 +13,7 @@ const (
 	worthJoining = 64
 	// patience bounds how long a piece waits for others. They may be waiting for a disk, and a processor be idle meanwhile.
 	patience = 3 * time.Millisecond
-	// mostVain bounds for how many pieces nobody waits after some have waited in vain: a power of two.
+	// mostVain bounds for how many pieces nobody waits after one has waited in vain: fewer than 1<<mostVain.
 	mostVain = 6
 )
 
@@ -26,7 +26,7 @@ type Multi struct {
 	mu      sync.Mutex
 	parked  int  // goroutines that wait, or of which another one does the work
 	waiting *job // for another one to join
-	vain    int  // how many waited in vain since one was joined, at most mostVain
+	vain    int  // how many met nobody since some met, at most mostVain
 	skip    int  // how many shall not wait
 
 	shared int // blocks that were hashed with those of another, for tests
@@ -45,7 +45,7 @@ func (m *Multi) New() *SHA1 {
 	return s
 }
 
-// Sum256 returns the SHA-256 of p, for which a SHA-1 is nothing to wait for either.
+// Sum256 returns the SHA-256 of p, which is hashed beside a file where there is one. The SHA-1 that goes along is of no use.
 func (m *Multi) Sum256(p []byte) [sha256.Size]byte {
 	if !hardware {
 		return sha256.Sum256(p)
@@ -60,6 +60,7 @@ type job struct {
 	p, q   []byte
 	blocks int
 	back   chan struct{} // receives when another one has done a part of it
+	met    bool          // a part of it was done together with another
 }
 
 // advance says that n blocks are done.
@@ -88,6 +89,7 @@ func (m *Multi) run(j *job) {
 			m.vain = 0
 			m.mu.Unlock()
 			together(j, other, n)
+			j.met, other.met = true, true
 			m.mu.Lock()
 			m.parked--
 			m.mu.Unlock()
@@ -128,8 +130,10 @@ func (m *Multi) wait(j *job, t *time.Timer) bool {
 	if waits {
 		m.waiting = nil
 		m.parked--
-		m.vain = min(m.vain+1, mostVain)
-		m.skip = 1<<m.vain - 1
+		if !j.met {
+			m.vain = min(m.vain+1, mostVain)
+			m.skip = 1<<m.vain - 1
+		}
 	}
 	m.mu.Unlock()
 	if !waits { // it is being done

@@ -205,10 +205,10 @@ func TestTogether(t *testing.T) {
 				h2, g2 := h, g
 				jobs[i], alone[i] = start, start
 				jobs[i].h, jobs[i].g = &h, &g
-				for done := 0; done < n; done += step {
-					both(&h2, &g2, &texts[0][done*block], &texts[1][done*block], min(step, n-done))
-				}
 				alone[i].h, alone[i].g = &h2, &g2
+				for left := n; left > 0; left -= step {
+					alone[i].alone(min(step, left))
+				}
 			}
 			together(&jobs[0], &jobs[1], n)
 			for i := range jobs {
@@ -233,9 +233,15 @@ func TestMultiGivesUp(t *testing.T) {
 	for range 1 + 1 + 1 + 3 + 1 + 7 + 1 {
 		m.New().Sum256(p[:worthWaiting*block])
 	}
-	// Of the pieces between those that asked, more each time.
+	// Between those that asked more do not, each time.
 	if !slices.Equal(asked, []int{1, 1, 1, 1}) || m.vain != 4 {
 		t.Errorf("asked with %d parked, %d in vain", asked, m.vain)
+	}
+	// Nor was it in vain for one that has met another and has used up its time.
+	met := &job{met: true, back: make(chan struct{}, 1)}
+	m.waiting, m.parked = met, 1
+	if m.wait(met, time.NewTimer(0)) || m.vain != 4 || m.parked != 0 || m.waiting != nil {
+		t.Errorf("who had met another counts: %d in vain, %d parked", m.vain, m.parked)
 	}
 	m.skip, asked = 0, nil
 	m.New().Sum256(p[:(worthWaiting-1)*block])
@@ -268,16 +274,17 @@ func TestMultiShares(t *testing.T) {
 			t.Error("SHA-256 of who waited")
 		}
 	}()
-	for waits := false; !waits; {
+	var first *job
+	for first == nil {
 		m.mu.Lock()
-		waits = m.waiting != nil
+		first = m.waiting
 		m.mu.Unlock()
 	}
 	if q := p[:1<<19]; m.New().Sum256(q) != sha256.Sum256(q) {
 		t.Error("SHA-256 of who came")
 	}
 	<-done
-	if m.shared != 1<<19/block || m.vain != 0 {
-		t.Errorf("%d blocks were shared, %d waited in vain", m.shared, m.vain)
+	if m.shared != 1<<19/block || m.vain != 0 || !first.met {
+		t.Errorf("%d blocks were shared, %d waited in vain, the first has met another: %v", m.shared, m.vain, first.met)
 	}
 }
