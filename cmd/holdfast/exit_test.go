@@ -9,6 +9,7 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/holdfast-backup/holdfast/internal/backend"
 	"github.com/holdfast-backup/holdfast/internal/freeze"
 	"github.com/holdfast-backup/holdfast/internal/repo"
 	"github.com/holdfast-backup/holdfast/internal/ui"
@@ -123,5 +124,20 @@ func TestFullDisk(t *testing.T) {
 	}
 	if err := explainBackup(errors.New("something else")); len(ui.Hints(err)) > 0 {
 		t.Errorf("%v: %q", err, ui.Hints(err))
+	}
+}
+
+// Who may not look at a repository on disk is told where it is, and who may.
+func TestForbiddenRepository(t *testing.T) {
+	denied := &backend.PermanentError{Err: fmt.Errorf("stat config: %w", syscall.EACCES)}
+	err := openError("/srv/backup", "/srv/backup", denied)
+	if h := strings.Join(ui.Hints(err), " "); !strings.Contains(err.Error(), "/srv/backup") || !strings.Contains(h, "as root") || exitCode(err) != 1 {
+		t.Errorf("%v: %q", err, h)
+	}
+	if err := openError("sftp:host:dir", "sftp:host:dir", denied); len(ui.Hints(err)) > 0 {
+		t.Errorf("%v: %q", err, ui.Hints(err))
+	}
+	if err := openError("/srv/backup", "/srv/backup", context.Canceled); err != context.Canceled {
+		t.Error(err)
 	}
 }

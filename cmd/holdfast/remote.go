@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"path/filepath"
+	"syscall"
 	"time"
 
 	"github.com/spf13/pflag"
@@ -135,10 +137,21 @@ func (a *app) backendAt(ctx context.Context, addr string) (backend.Backend, erro
 	return be, nil
 }
 
-// openError explains why the place of the repository could not be looked at.
-func openError(err error) error {
+// openError explains why the place of the repository could not be looked at. Errors of servers name it
+// already, those of the file system do not.
+func openError(addr, at string, err error) error {
 	if errors.Is(err, context.Canceled) {
 		return err
 	}
-	return fmt.Errorf("cannot open the repository: %w", err)
+	if loc, perr := location.Parse(addr); perr != nil || loc.Scheme != "local" {
+		return fmt.Errorf("cannot open the repository: %w", err)
+	}
+	err = fmt.Errorf("cannot open the repository at %s: %w", ui.Quote(at), err)
+	switch {
+	case errors.Is(err, fs.ErrPermission):
+		return ui.WithHints(err, "Run holdfast as the user who made the repository, or as root.")
+	case errors.Is(err, syscall.ENOTDIR):
+		return ui.WithHints(err, "Is --repo right? A repository is a directory.")
+	}
+	return err
 }

@@ -73,7 +73,7 @@ func (a *app) withRepositoryAt(ctx context.Context, addr string, password func(c
 	if _, err := be.Stat(ctx, backend.Handle{Type: backend.ConfigFile}); errors.Is(err, backend.ErrNotExist) {
 		return fmt.Errorf("%w at %s", repo.ErrNoRepository, ui.Quote(be.Location()))
 	} else if err != nil {
-		return openError(err)
+		return openError(addr, be.Location(), err)
 	}
 	pw, err := password(ctx, false)
 	if err != nil {
