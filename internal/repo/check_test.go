@@ -5,6 +5,8 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"strings"
+	"sync"
 	"testing"
 
 	"github.com/holdfast-backup/holdfast/internal/backend"
@@ -285,4 +287,87 @@ func TestSeveralCopies(t *testing.T) {
 
 func add(w *pack.Writer, t BlobType, blob ID, sealed []byte, plain uint32) {
 	copy(w.Reserve(t, blob, len(sealed), plain), sealed)
+}
+
+// Blobs are decoded two at a time. What is wrong with one, its seal or its content, is told of that one, and the other is
+// loaded all the same.
+func TestOneOfTwoDamaged(t *testing.T) {
+	ctx := context.Background()
+	be := mem.New()
+	r := initRepo(t, be, InitOptions{})
+	blobs := [][]byte{noise(1, 100), noise(2, 70_000), noise(3, 3<<20), noise(4, 3<<20), noise(5, 1<<20), noise(6, 1)}
+	for bad := -1; bad < len(blobs); bad++ {
+		for _, forged := range []bool{false, true} {
+			m := be.Clone()
+			w := pack.NewWriter(nil)
+			for i, b := range blobs {
+				sealed := r.key.Seal(nil, b)
+				if i == bad && forged {
+					other := bytes.Clone(b)
+					other[len(b)/2] ^= 1
+					sealed = r.key.Seal(nil, other)
+				} else if i == bad {
+					sealed[len(sealed)/2] ^= 1
+				}
+				add(w, DataBlob, id.Hash(b), sealed, 0)
+			}
+			file, entries := w.Finish(r.key)
+			first := pendingPack{id: id.Hash(file), blobs: entries}
+			m.Put(packHandle(first.id), file)
+			r := openRepo(t, m)
+			putIndex(t, r, first)
+
+			var named []BlobRef
+			err := r.Check(ctx, CheckOptions{ReadData: true}, func(err error) {
+				var ce *CheckError
+				if !errors.As(err, &ce) || ce.Problem != PackDamaged {
+					t.Error(err)
+					return
+				}
+				named = append(named, ce.Blobs...)
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if bad >= 0 && (len(named) != 1 || named[0].ID != id.Hash(blobs[bad])) || bad < 0 && named != nil {
+				t.Errorf("blob %d, forged %v: check names %v", bad, forged, named)
+			}
+
+			// Without another copy the call fails, after what comes before it.
+			load := func(r *Repository) (map[ID]bool, error) {
+				if err := r.LoadIndex(ctx); err != nil {
+					t.Fatal(err)
+				}
+				var ids []ID
+				want := map[ID][]byte{}
+				for _, b := range blobs {
+					ids = append(ids, id.Hash(b))
+					want[id.Hash(b)] = b
+				}
+				got := map[ID]bool{}
+				var mu sync.Mutex
+				err := r.LoadBlobs(ctx, DataBlob, ids, func(d ID, data []byte) error {
+					mu.Lock()
+					defer mu.Unlock()
+					if got[d] || !bytes.Equal(data, want[d]) {
+						t.Errorf("blob %d, forged %v: wrong or given twice: %v", bad, forged, d.Short())
+					}
+					got[d] = true
+					return nil
+				})
+				return got, err
+			}
+			got, err := load(openRepo(t, m))
+			if bad >= 0 && (err == nil || !strings.Contains(err.Error(), id.Hash(blobs[bad]).Short()) || got[id.Hash(blobs[bad])]) {
+				t.Errorf("blob %d, forged %v: %v, loaded %v", bad, forged, err, got)
+			}
+			// With one, all are loaded.
+			if bad >= 0 {
+				putIndex(t, r, putPack(r, m, blobs[bad]))
+			}
+			if got, err := load(openRepo(t, m)); err != nil || len(got) != len(blobs) {
+				t.Errorf("blob %d, forged %v, with a copy: %d of %d, %v", bad, forged, len(got), len(blobs), err)
+			}
+		}
+	}
 }
