@@ -189,7 +189,7 @@ const SaltSize = 64
 // KDF holds the parameters of scrypt. Memory is 128*N*R bytes for each lane under way.
 type KDF struct{ N, R, P int }
 
-// DefaultKDF costs 64 MiB and, on two cores of a machine of 2024, about 0.07 s, which is 0.13 s of work: enough to make guessing dear, little
+// DefaultKDF costs 64 MiB and, on two cores of a machine of 2024, about 0.07 s, most of it on one of them: enough to make guessing dear, little
 // enough for a command that runs every few minutes.
 var DefaultKDF = KDF{N: 32768, R: 8, P: 2}
 

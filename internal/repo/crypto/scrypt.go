@@ -26,14 +26,30 @@ func scryptKey(password string, salt []byte, f KDF, size int) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
+	width := 1 // lanes that one goroutine does side by side
+	if hasLanes && f.P > 1 && 2*lane*f.N <= scryptMemory {
+		width = 2
+	}
 	var wg sync.WaitGroup
 	var next atomic.Int64
-	for range max(1, min(f.P, cpus.Count(), scryptMemory/(lane*f.N))) {
+	for range max(1, min((f.P+width-1)/width, cpus.Count(), scryptMemory/(width*lane*f.N))) {
 		wg.Go(func() {
-			v, free := scratch(lane * f.N)
+			v, free := scratch(width * lane * f.N)
 			defer free()
-			for i := int(next.Add(1)) - 1; i < f.P; i = int(next.Add(1)) - 1 {
-				roMix(b[i*lane:(i+1)*lane], v, f.N)
+			for {
+				i := int(next.Add(int64(width))) - width
+				if i >= f.P {
+					return
+				}
+				x := b[i*lane : (i+1)*lane]
+				switch {
+				case !hasLanes:
+					roMix(x, v, f.N)
+				case width == 1 || i+1 == f.P:
+					roMix2(x, x, v, v, f.N) // the second lane costs little where there is none
+				default:
+					roMix2(x, b[(i+1)*lane:(i+2)*lane], v[:lane*f.N], v[lane*f.N:], f.N)
+				}
 			}
 		})
 	}
@@ -41,13 +57,30 @@ func scryptKey(password string, salt []byte, f KDF, size int) ([]byte, error) {
 	return pbkdf2.Key(sha256.New, password, b, 1, size)
 }
 
-// scratch returns memory that free gives back at once, not when the collector comes to it.
+// scratch returns memory that free gives back at once, not when the collector comes to it. The kernel gives it page by page, a
+// third of the work; so it is asked to do so while lanes are begun, where there is another processor.
 func scratch(size int) (p []byte, free func()) {
 	p, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON)
 	if err != nil {
 		return make([]byte, size), func() {}
 	}
-	return p, func() { _ = unix.Munmap(p) }
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		const step = 1 << 20
+		half := size / 2
+		for i := 0; i < half; i += step {
+			for _, at := range [2]int{i, half + i} {
+				if unix.Madvise(p[at:min(at+step, size)], unix.MADV_POPULATE_WRITE) != nil {
+					return
+				}
+			}
+		}
+	}()
+	return p, func() {
+		<-done
+		_ = unix.Munmap(p)
+	}
 }
 
 // roMix is scryptROMix of RFC 7914, section 5. v has room for n times x.
