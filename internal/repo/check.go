@@ -309,7 +309,7 @@ func (c *checker) readPack(ctx context.Context, no uint32, size int64) error {
 }
 
 // verifyPack returns what is wrong with a pack, and the damaged blobs if it could tell them apart.
-// Memory: one blob, or two that are not large, sealed and plain, besides the header.
+// Memory: one blob, sealed and plain, besides the header.
 func (c *checker) verifyPack(ctx context.Context, no uint32, size int64) ([]BlobRef, error) {
 	p := c.x.PackID(no)
 	entries, err := c.r.packHeader(ctx, p, size)
@@ -333,32 +333,20 @@ func (c *checker) verifyPack(ctx context.Context, no uint32, size int64) ([]Blob
 		br := packReaders.Get().(*bufio.Reader)
 		defer packReaders.Put(br)
 		br.Reset(io.TeeReader(rd, sum))
-		raw := getBuffer(0)
-		defer func() { putBuffer(raw) }()
-		d := c.r.newPairDecoder()
-		defer d.close()
-		var sealed [2][]byte
-		for rest := entries; len(rest) > 0; {
-			n := 1
-			if len(rest) > 1 && asPair(rest[0], rest[1]) {
-				n = 2
+		sealed, plain := getBuffer(0), getBuffer(0)
+		defer func() { putBuffer(sealed); putBuffer(plain) }()
+		for _, e := range entries {
+			*sealed = slices.Grow((*sealed)[:0], int(e.Length))[:e.Length]
+			if _, err := io.ReadFull(br, *sealed); err != nil {
+				return fmt.Errorf("read blob %s: %w", e.ID.Short(), noEOF(err))
 			}
-			size := 0
-			for _, e := range rest[:n] {
-				size += int(e.Length)
+			out, err := c.r.decodeBlob((*plain)[:0], *sealed, e)
+			if err != nil {
+				streamed = append(streamed, fmt.Errorf("%v blob %s: %w", e.Type, e.ID.Short(), err))
+				blobs = append(blobs, BlobRef{e.Type, e.ID})
+				continue
 			}
-			*raw = slices.Grow((*raw)[:0], size)[:size]
-			if _, err := io.ReadFull(br, *raw); err != nil {
-				return fmt.Errorf("read blob %s: %w", rest[0].ID.Short(), noEOF(err))
-			}
-			sealed[0], sealed[1] = (*raw)[:rest[0].Length], (*raw)[rest[0].Length:]
-			for i, o := range d.decode(sealed[:n], rest[:n]) {
-				if e := rest[i]; o.err != nil {
-					streamed = append(streamed, fmt.Errorf("%v blob %s: %w", e.Type, e.ID.Short(), o.err))
-					blobs = append(blobs, BlobRef{e.Type, e.ID})
-				}
-			}
-			rest = rest[n:]
+			*plain = out
 		}
 		if _, err := io.Copy(io.Discard, br); err != nil {
 			return err
