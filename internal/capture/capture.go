@@ -138,6 +138,8 @@ type Stats struct {
 	// EntriesTaken counts the entries of stores that were taken over without a look, because the kernel or the
 	// file system told that they are what they were.
 	EntriesTaken int64
+	// EntriesPassed counts the entries below folders that were passed over as a whole, since nothing in them differs.
+	EntriesPassed int64
 }
 
 // capturer is the state of one run.
@@ -164,6 +166,7 @@ type capturer struct {
 	bytesRead atomic.Int64
 	listed    atomic.Int64
 	taken     atomic.Int64
+	passed    atomic.Int64
 
 	mu    sync.Mutex
 	proof snapshot.Proof
@@ -276,7 +279,7 @@ func (c *capturer) result() *Result {
 		Manifest: m, root: c.root, c: c, Cache: c.next,
 		Stats: Stats{
 			Entries: c.entries.Load(), Files: c.files.Load(), Dirs: c.dirs.Load(),
-			Bytes: c.bytes.Load(), BytesRead: c.bytesRead.Load(), DirsListed: c.listed.Load(), EntriesTaken: c.taken.Load(),
+			Bytes: c.bytes.Load(), BytesRead: c.bytesRead.Load(), DirsListed: c.listed.Load(), EntriesTaken: c.taken.Load(), EntriesPassed: c.passed.Load(),
 		},
 	}
 }

@@ -149,7 +149,8 @@ type decomposed struct {
 	built      sync.Once
 	buildErr   error
 	known      map[string]*blobRec
-	large      []*blobRec // large files that no rule explains
+	knownIn    map[string][]string // the ids of the blobs of each group of last time, in order
+	large      []*blobRec          // large files that no rule explains
 	lossyMu    sync.Mutex
 	lossy      bool
 	spare      spareCount
@@ -174,7 +175,7 @@ func (s *store) decomposedSpace(ctx context.Context, sp *space) (*snapshotPart, 
 	sc := s.scanner(func(rel string) bool { return s.obj == nil && rel == blobsDir })
 	sc.unreadable, sc.ask = d.unreadable, d.localTimes || d.allNew()
 	sc.record = s.c.newListingWriter(d.old.nodesSeen)
-	var onlyBlobs map[string]bool
+	var onlyBlobs differing
 	if quick {
 		sc.old, sc.trust, sc.list = readListing(d.old.nodesSeen, s.rules), nothingInPlace, d.changes(sp.rel)
 		var young bool
@@ -192,6 +193,9 @@ func (s *store) decomposedSpace(ctx context.Context, sp *space) (*snapshotPart, 
 					return part, nil
 				}
 			}
+			sc.record.like(sc.old)
+			gr.over = d.passageOfNodes(sc.only)
+			sc.pass = gr.passer(n.meta)
 		}
 	}
 	nodesSeen := sc.record
@@ -237,7 +241,13 @@ func (s *store) decomposedSpace(ctx context.Context, sp *space) (*snapshotPart, 
 		sc.record = blobsSeen
 		if quick {
 			sc.old, sc.trust, sc.list = readListing(d.old.blobsSeen, s.rules), nothingInPlace, d.changes(blobsDir)
-			sc.only = onlyBlobs
+			if sc.only = onlyBlobs; sc.only != nil {
+				blobsSeen.like(sc.old)
+				if br.over, err = d.passageOfBlobs(ctx, sc.only, sameNodes); err != nil {
+					return nil, err
+				}
+				sc.pass = br.passer(n.blob)
+			}
 		}
 		err := sc.walk(ctx, blobsDir, func(e *entry) error {
 			n.blob(e)
@@ -339,6 +349,48 @@ func (d *decomposed) isBlobGroup(first string) bool {
 		return strings.HasPrefix(first, dir+objectsInfix)
 	}
 	return first == dir || within(first, dir)
+}
+
+// oldGroups returns the groups of last time in order, those of the blobs or all others.
+func (d *decomposed) oldGroups(ofBlobs bool) (out []*group) {
+	for first, g := range d.old.groups {
+		if d.isBlobGroup(first) == ofBlobs {
+			out = append(out, g)
+		}
+	}
+	sort.Slice(out, func(i, j int) bool { return comparePaths(out[i].first, out[j].first) < 0 })
+	return out
+}
+
+// passageOfNodes returns which groups beside those of the blobs can be passed over.
+func (d *decomposed) passageOfNodes(differ differing) *passage {
+	groups := d.oldGroups(false)
+	blobs := d.sp.rel + "/blobs"
+	var last *group // before the place of the blobs, where a group ends in any case
+	for _, g := range groups {
+		if comparePaths(g.first, blobs) < 0 {
+			last = g
+		}
+	}
+	return d.c.passage(groups, differ, func(g *group) bool { return g != last })
+}
+
+// passageOfBlobs returns which groups of blobs can be passed over: those of which each blob has the place that it had.
+func (d *decomposed) passageOfBlobs(ctx context.Context, differ differing, sameNodes bool) (*passage, error) {
+	usable := func(*group) bool { return true }
+	if !sameNodes {
+		if err := d.build(ctx); err != nil {
+			return nil, err
+		}
+		usable = func(g *group) bool {
+			h := newRefHash()
+			for _, blob := range d.knownIn[g.first] {
+				h.add(d.placeOf(blob))
+			}
+			return h.sum() == g.refs
+		}
+	}
+	return d.c.passage(d.oldGroups(true), differ, usable), nil
 }
 
 // oldNodeGroups counts the groups of last time that hold no blobs.
@@ -558,7 +610,7 @@ func (d *decomposed) doBuild(ctx context.Context) error {
 		sort.Strings(revs)
 	}
 	if len(d.old.groups) > 0 {
-		d.known = map[string]*blobRec{}
+		d.known, d.knownIn = map[string]*blobRec{}, map[string][]string{}
 		for first, g := range d.old.groups {
 			if !d.isBlobGroup(first) {
 				continue
@@ -567,6 +619,7 @@ func (d *decomposed) doBuild(ctx context.Context) error {
 				dec.byte()
 				b := decodeBlob(&dec)
 				d.known[b.id] = b
+				d.knownIn[first] = append(d.knownIn[first], b.id)
 			}
 		}
 	} else {
@@ -762,12 +815,14 @@ func (d *decomposed) blobID(e *entry) string {
 	return "./blobs/" + rel // something else that lies there; no id of a blob has a slash
 }
 
-func (h *blobHandler) ref(e *entry) string {
-	blob := h.d.blobID(e)
-	if w := h.d.want[blob]; w != nil {
+func (h *blobHandler) ref(e *entry) string { return h.d.placeOf(h.d.blobID(e)) }
+
+// placeOf returns the place of a blob in the snapshot.
+func (d *decomposed) placeOf(blob string) string {
+	if w := d.want[blob]; w != nil {
 		return w.place
 	}
-	return inSnapshot(h.d.base, "unreferenced", snapshot.SafeName(h.d.sp.id), snapshot.SafeName(blob))
+	return inSnapshot(d.base, "unreferenced", snapshot.SafeName(d.sp.id), snapshot.SafeName(blob))
 }
 
 func (h *blobHandler) save(ctx context.Context, e *entry, _ []xattr, rec *encoder) ([]pax.Extent, error) {

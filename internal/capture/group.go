@@ -5,6 +5,8 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
+	"fmt"
+	"hash"
 	"io/fs"
 	"sort"
 	"sync"
@@ -147,6 +149,7 @@ type grouper struct {
 	links   hardlinks
 	handler func() (handler, error)
 	refsOf  func(entries []entry) ([32]byte, error) // nil: groups without refs
+	over    *passage                                // groups that need not be looked at; nil: none
 
 	g      *errgroup.Group
 	ctx    context.Context
@@ -163,8 +166,17 @@ func (c *capturer) newGrouper(ctx context.Context, r *root, cached map[string]*g
 
 // add appends e to the stream.
 func (gr *grouper) add(e *entry) error {
+	if gr.over != nil && gr.over.at >= 0 && gr.over.next(e.path, gr.take) {
+		gr.c.entries.Add(1)
+		return nil
+	}
 	if gr.cur != nil && border(e, len(gr.cur.entries)) {
 		gr.cut()
+	}
+	if gr.cur == nil && gr.over != nil && gr.over.enter(e.path) {
+		gr.take(gr.over.groups[gr.over.at])
+		gr.c.entries.Add(1)
+		return nil
 	}
 	if gr.cur == nil {
 		gr.cur = &group{first: e.path, entries: takeEntries()}
@@ -195,11 +207,22 @@ func (gr *grouper) cut() {
 	})
 }
 
+// take uses a group of the last time again.
+func (gr *grouper) take(old *group) {
+	g := old.again()
+	gr.mu.Lock()
+	defer gr.mu.Unlock()
+	gr.groups = append(gr.groups, g)
+}
+
 // wait ends the stream and returns the groups in order.
 func (gr *grouper) wait() ([]*group, error) {
 	gr.cut()
 	if err := gr.g.Wait(); err != nil {
 		return nil, err
+	}
+	if gr.over != nil && gr.over.at >= 0 { // cannot be: the last one is never passed over
+		return nil, fmt.Errorf("the walk ended within %s", gr.over.groups[gr.over.at].first)
 	}
 	sort.Slice(gr.groups, func(i, j int) bool { return comparePaths(gr.groups[i].first, gr.groups[j].first) < 0 })
 	return gr.groups, nil
@@ -369,16 +392,31 @@ func (w *tarWorker) holes(e *entry) ([]pax.Extent, error) {
 
 // hashRefs covers the refs of entries.
 func hashRefs(entries []entry, ref func(e *entry) string) (sum [32]byte) {
-	h := sha256.New()
-	var b []byte
+	h := newRefHash()
 	for i := range entries {
 		if e := &entries[i]; e.isRegular() && e.hardlink == "" {
-			r := ref(e)
-			b = binary.AppendUvarint(b[:0], uint64(len(r)))
-			h.Write(append(b, r...))
+			h.add(ref(e))
 		}
 	}
-	h.Sum(sum[:0])
+	return h.sum()
+}
+
+// refHash covers refs in order.
+type refHash struct {
+	h hash.Hash
+	b []byte
+}
+
+func newRefHash() *refHash { return &refHash{h: sha256.New()} }
+
+func (r *refHash) add(ref string) {
+	r.b = binary.AppendUvarint(r.b[:0], uint64(len(ref)))
+	r.b = append(r.b, ref...)
+	r.h.Write(r.b)
+}
+
+func (r *refHash) sum() (sum [32]byte) {
+	r.h.Sum(sum[:0])
 	return sum
 }
 

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"hash/fnv"
+	"slices"
 	"strings"
 	"unsafe"
 
@@ -169,6 +170,7 @@ func fromNanoseconds(n int64) timespec {
 type listingWriter struct {
 	c      *capturer
 	l      listing
+	from   *listing // what l is like; nil: nothing
 	index  map[owner]int
 	stack  []listingDir
 	spare  [][]byte
@@ -191,13 +193,37 @@ func (c *capturer) newListingWriter(old []byte) *listingWriter {
 	return w
 }
 
+// like makes a listing of which parts can be those of l.
+func (w *listingWriter) like(l *listing) {
+	w.from = l
+	w.l.base, w.l.owners = l.base, slices.Clone(l.owners)
+	for i, o := range l.owners {
+		w.index[o] = i
+	}
+}
+
+// addKids takes over from the listing that like named all that is below the directory dir, which was added last.
+func (w *listingWriter) addKids(dir string, kids []byte) {
+	if w.failed {
+		return
+	}
+	top := &w.stack[len(w.stack)-1]
+	if top.path != dir || len(top.buf) > 0 {
+		w.failed = true
+		return
+	}
+	top.buf = append(top.buf, kids...)
+}
+
 // add takes in the next entry of the walk; the first is the directory itself.
 func (w *listingWriter) add(e *entry) {
 	if w.failed {
 		return
 	}
 	if len(w.stack) == 0 {
-		w.l.base, _ = e.mtime.nanoseconds()
+		if w.from == nil {
+			w.l.base, _ = e.mtime.nanoseconds()
+		}
 		w.push(e)
 		w.top = *e
 		return

@@ -160,22 +160,19 @@ func TestWhatIsUnchangedAllocatesLittle(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	sc.record, sc.old, sc.trust, sc.only = nil, readListing(w.finish(1), 1), nothingInPlace, map[string]bool{}
-	top, err := r.stat("")
-	if err != nil {
-		t.Fatal(err)
-	}
-	l := newLister(sc)
+	sc.record, sc.old = nil, readListing(w.finish(1), 1)
+	st := &scanState{sc: sc, ctx: t.Context()}
 	allocs := testing.AllocsPerRun(5, func() {
-		l.out = l.out[:0]
-		l.list(&top, sc.old.top, &l.out)
+		if err := st.asBefore("", sc.old.top.kids, 0, func(*entry) error { return nil }); err != nil {
+			t.Fatal(err)
+		}
 	})
 	if most := float64(entries) * 1.05; allocs > most {
 		t.Errorf("%v allocations for %d entries", allocs, entries)
 	}
 	var got []string
-	for i := range l.out {
-		got = append(got, describe(&l.out[i].entry, l.out[i].path))
+	if err := st.asBefore("", sc.old.top.kids, 0, func(e *entry) error { got = append(got, describe(e, e.path)); return nil }); err != nil {
+		t.Fatal(err)
 	}
 	if !slices.Equal(got, want) {
 		t.Errorf("taken over:\n%q\nwant:\n%q", got, want)

@@ -32,9 +32,12 @@ type looker struct {
 	// were complete when they were seen: a revision gets its time after its name.
 	old     timespec
 	cursors []*cursor
-	differ  map[string]bool // directories that must be read, and all above them
-	young   bool            // a directory was changed after old
+	differ  differing
+	young   bool // a directory was changed after old
 }
+
+// differing are the directories that must be read (true), and all above them (false).
+type differing map[string]bool
 
 // settleTime is how long after the last change of a directory the server may still be busy with the files
 // in it.
@@ -49,7 +52,7 @@ func (s *store) look(ctx context.Context, rel string, l *listing, seen timespec,
 	defer unix.Close(fd)
 	k := &looker{
 		l: l, fd: fd, rel: rel, path: []byte(rel), atomic: atomic,
-		old: timespec{seen.sec - int64(settleTime/time.Second), seen.nsec}, differ: map[string]bool{},
+		old: timespec{seen.sec - int64(settleTime/time.Second), seen.nsec}, differ: differing{},
 	}
 	var st unix.Stat_t
 	var e entry
@@ -74,8 +77,8 @@ func (s *store) look(ctx context.Context, rel string, l *listing, seen timespec,
 	}
 	for _, p := range parts {
 		k.young = k.young || p.young
-		for dir := range p.differ {
-			k.differ[dir] = true
+		for dir, itself := range p.differ {
+			k.differ[dir] = k.differ[dir] || itself
 		}
 	}
 	return k, context.Cause(ctx)
@@ -90,7 +93,7 @@ func (k *looker) split(ctx context.Context, g *errgroup.Group, young bool) (part
 		first := strings.Clone(o.entry.path)
 		k.each(1, first, o.kids, young, func(o *oldEntry, young bool) {
 			kids := o.kids
-			p := &looker{l: k.l, fd: k.fd, rel: k.rel, path: bytes.Clone(k.path), atomic: k.atomic, old: k.old, differ: map[string]bool{}}
+			p := &looker{l: k.l, fd: k.fd, rel: k.rel, path: bytes.Clone(k.path), atomic: k.atomic, old: k.old, differ: differing{}}
 			parts = append(parts, p)
 			g.Go(func() error {
 				p.dir(ctx, 2, first, kids, young)
@@ -101,10 +104,17 @@ func (k *looker) split(ctx context.Context, g *errgroup.Group, young bool) (part
 	return parts
 }
 
-// mark notes that the directory k.path[:n], and so all above it, must be looked at in full.
+// mark notes that the directory k.path[:n] must be read.
 func (k *looker) mark(n int) {
-	for ; n >= len(k.rel) && !k.differ[string(k.path[:n])]; n = strings.LastIndexByte(unsafe.String(&k.path[0], n), '/') {
-		k.differ[string(k.path[:n])] = true
+	_, known := k.differ[string(k.path[:n])]
+	k.differ[string(k.path[:n])] = true
+	for !known {
+		if n = strings.LastIndexByte(unsafe.String(&k.path[0], n), '/'); n < len(k.rel) {
+			return
+		}
+		if _, known = k.differ[string(k.path[:n])]; !known {
+			k.differ[string(k.path[:n])] = false
+		}
 	}
 }
 
@@ -204,7 +214,7 @@ func lookDue(spaceID string, looked, now timespec) bool {
 
 // lookShort compares the space with what was seen of it, and returns the directories of the metadata and those of
 // the blobs that must be read. They are nil if all must be looked at in full.
-func (d *decomposed) lookShort(ctx context.Context) (nodes, blobs map[string]bool, young bool, err error) {
+func (d *decomposed) lookShort(ctx context.Context) (nodes, blobs differing, young bool, err error) {
 	l := readListing(d.old.nodesSeen, d.rules)
 	// Where the file system lists changes, the scan looks at those and at nothing else. What the first of these
 	// lists begins at must be seen in full: nothing that is missed before it would be listed later.

@@ -1,6 +1,7 @@
 package capture_test
 
 import (
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"testing"
@@ -291,5 +292,67 @@ func TestLargeSpaceIsSharedOut(t *testing.T) {
 			t.Fatalf("round %d: the incremental capture gives another tree than the full one", round)
 		}
 		again = next
+	}
+}
+
+// TestPassedOverEqualsFull: after random changes that touch directories, a capture that passes groups over gives the same tree as one
+// that reads everything, and remembers the same.
+func TestPassedOverEqualsFull(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "gen")
+	if _, err := storegen.Generate(t.Context(), storegen.Options{Dir: dir, Seed: 9, Files: 1200, Bytes: 1 << 20, Spaces: 2}); err != nil {
+		t.Fatal(err)
+	}
+	inst := instanceOf(dir, "opencloud-posix")
+	r, _ := newRepo(t)
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	rng := rand.New(rand.NewPCG(seed, 3))
+	last, _, _ := run(t, r, inst, capture.Options{Now: future})
+	passed, most := 0, last.Stats.Entries
+	for round := range uint64(24) {
+		switch {
+		case round < 8: // what the server does, while the store is still one
+			if _, err := storegen.Mutate(t.Context(), dir, round, 0.001); err != nil {
+				t.Fatal(err)
+			}
+		case round == 23: // so much that groups are where they were nowhere
+			vandalize(t, rng, filepath.Join(dir, "data/storage/users"), 200, false)
+		default:
+			vandalize(t, rng, filepath.Join(dir, "data/storage/users"), 1+rng.IntN(4), false)
+		}
+		got, inc, _ := run(t, r, inst, capture.Options{Now: future, Cache: reload(t, last.Cache)})
+		want, full, st := run(t, r, inst, capture.Options{Now: future, FullScan: true})
+		if *inc.Tree != *full.Tree {
+			t.Fatalf("round %d: the capture that passes over gives another tree than the full one", round)
+		}
+		if st.NewBlobs != [2]int64{} {
+			t.Errorf("round %d: the full capture stored %v more blobs", round, st.NewBlobs)
+		}
+		a, b := got.Stats, want.Stats
+		a.BytesRead, a.DirsListed, a.EntriesPassed = b.BytesRead, b.DirsListed, 0
+		if a != b {
+			t.Errorf("round %d: %+v, and %+v by the full capture", round, got.Stats, b)
+		}
+		if got.Stats.EntriesPassed > most/4 {
+			passed++
+		}
+		// What was remembered: nothing differs from it.
+		again, same, _ := run(t, r, inst, capture.Options{Now: future, Cache: reload(t, got.Cache)})
+		if *same.Tree != *full.Tree || again.Stats.DirsListed > 30 {
+			t.Errorf("round %d: %d directories were listed although nothing had changed", round, again.Stats.DirsListed)
+		}
+		last = got
+	}
+	if passed < 12 {
+		t.Errorf("much was passed over in %d rounds", passed)
+	}
+
+	// What a repository does not have cannot be passed over there.
+	vandalize(t, rng, filepath.Join(dir, "data/storage/users"), 1, false)
+	other, _ := newRepo(t)
+	_, inc, _ := run(t, other, inst, capture.Options{Now: future, Cache: reload(t, last.Cache)})
+	_, full, st := run(t, other, inst, capture.Options{Now: future, FullScan: true})
+	if *inc.Tree != *full.Tree || st.NewBlobs != [2]int64{} {
+		t.Errorf("in another repository the tree is %v, not %v, and %v blobs were missing", *inc.Tree, *full.Tree, st.NewBlobs)
 	}
 }

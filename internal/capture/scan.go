@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io/fs"
 	"slices"
 	"sort"
@@ -39,9 +40,12 @@ type scanner struct {
 	// ask has what the groups will ask of each entry asked while its directory is open, but for those that old
 	// tells the same of. So record tells the next scan, too.
 	ask bool
-	// only, if not nil, are the directories, with all above them, that have to be looked at. The rest is as old
-	// says, but for what proves nothing.
-	only map[string]bool
+	// only, if not nil, is what has just been found to differ from old. All else is as old says and is not looked at
+	// once more.
+	only differing
+	// pass, if not nil, is asked of a directory below which nothing differs, after the directory itself was seen. If it says true it
+	// has taken care of what is below, which is not walked.
+	pass func(dir string, l *listing, kids []byte) bool
 	// listed counts the directories that were listed; nil: they are not counted.
 	listed *atomic.Int64
 	// taken counts the entries that were not looked at because of the list; nil: they are not counted.
@@ -68,10 +72,12 @@ type scanJob struct {
 	done  chan struct{}
 }
 
-// scanItem is an entry, and for a directory that was not listed along with it the job for the rest.
+// scanItem is an entry, and for a directory that was not listed along with it the job for the rest, or what
+// the listing says of it if that still holds for all that is below.
 type scanItem struct {
 	entry
-	job *scanJob
+	job  *scanJob
+	kids []byte
 }
 
 type scanState struct {
@@ -82,7 +88,9 @@ type scanState struct {
 	ahead   int
 	stopped bool
 	ctx     context.Context
-	own     *lister // of the consumer, for what no worker has begun
+	own     *lister   // of the consumer, for what no worker has begun
+	cursors []*cursor // of asBefore, one for each depth
+	before  entry     // what it tells of
 }
 
 // walk calls fn for rel itself and for each entry below it, in order.
@@ -191,11 +199,16 @@ func (s *scanState) consume(j *scanJob, fn func(*entry) error) error {
 		if err := fn(&it.entry); err != nil {
 			return err
 		}
-		if it.job != nil {
+		switch {
+		case it.job != nil:
 			if err := s.consume(it.job, fn); err != nil {
 				return err
 			}
 			it.job = nil
+		case len(it.kids) > 0:
+			if err := s.asBefore(it.path, it.kids, 0, fn); err != nil {
+				return err
+			}
 		}
 	}
 	s.mu.Lock()
@@ -203,6 +216,39 @@ func (s *scanState) consume(j *scanJob, fn func(*entry) error) error {
 	s.cond.Broadcast()
 	s.mu.Unlock()
 	j.items = nil
+	return nil
+}
+
+// asBefore walks what is below a directory as the listing tells it.
+func (s *scanState) asBefore(dir string, kids []byte, depth int, fn func(*entry) error) error {
+	sc := s.sc
+	if sc.pass != nil && sc.pass(dir, sc.old, kids) {
+		if sc.record != nil {
+			sc.record.addKids(dir, kids)
+		}
+		return nil
+	}
+	if depth == len(s.cursors) {
+		s.cursors = append(s.cursors, &cursor{l: sc.old, name: make([]byte, 0, 64)})
+	}
+	c := s.cursors[depth]
+	c.reset(kids)
+	for c.next() {
+		path := join(dir, c.o.entry.path)
+		s.before = c.o.entry
+		s.before.path = path
+		if err := fn(&s.before); err != nil {
+			return err
+		}
+		if len(c.o.kids) > 0 {
+			if err := s.asBefore(path, c.o.kids, depth+1, fn); err != nil {
+				return err
+			}
+		}
+	}
+	if c.d.bad { // cannot be: the cache has a checksum
+		return fmt.Errorf("what the cache says of %s is damaged", sc.r.abs(dir))
+	}
 	return nil
 }
 
@@ -251,7 +297,7 @@ func (l *lister) list(dir *entry, old oldDir, out *[]scanItem) {
 	}
 	if len(found) > inlineEntries || len(*out) > inlineMost {
 		for i := range found {
-			if found[i].isDir() {
+			if found[i].isDir() && found[i].kids == nil {
 				found[i].job = &scanJob{rel: found[i].path, dir: found[i].entry, done: make(chan struct{})}
 				if known != nil {
 					found[i].job.old = known[i]
@@ -263,7 +309,7 @@ func (l *lister) list(dir *entry, old oldDir, out *[]scanItem) {
 	}
 	for i := range found {
 		*out = append(*out, found[i])
-		if found[i].isDir() {
+		if found[i].isDir() && found[i].kids == nil {
 			var o oldDir
 			if known != nil {
 				o = known[i]
@@ -284,7 +330,8 @@ func (l *lister) unchanged(dir *entry, old oldDir) (found []scanItem, known []ol
 	if !old.same(dir) && (list == nil || list.Changed(dir.path)) {
 		return nil, nil, false
 	}
-	asBefore := l.sc.only != nil && !l.sc.only[dir.path]
+	short := l.sc.only != nil
+	itself := short && l.sc.only[dir.path]
 	f, k := len(l.found), len(l.known)
 	look := l.look[:0]
 	arrived := false
@@ -299,6 +346,7 @@ func (l *lister) unchanged(dir *entry, old oldDir) (found []scanItem, known []ol
 			dir.listed = list != nil
 		}
 		at := toLook{len(l.found) - f, o.flags&listedUnsure == 0}
+		var kids []byte
 		switch {
 		case o.flags&listedKind == listedOther:
 			look = append(look, at)
@@ -309,10 +357,21 @@ func (l *lister) unchanged(dir *entry, old oldDir) (found []scanItem, known []ol
 					arrived = true
 				}
 			}
-		case o.flags&listedUnsure != 0 || !asBefore && (o.isDir() || !l.sc.trust(&o.entry)):
+		case o.flags&listedUnsure != 0:
 			look = append(look, at)
+		case !short || itself:
+			if o.isDir() || !l.sc.trust(&o.entry) {
+				look = append(look, at)
+			}
+		case o.isDir():
+			differs, above := l.sc.only[o.entry.path]
+			if differs {
+				look = append(look, at)
+			} else if !above {
+				kids = o.kids
+			}
 		}
-		l.found, l.known = append(l.found, scanItem{entry: o.entry}), append(l.known, dir)
+		l.found, l.known = append(l.found, scanItem{entry: o.entry, kids: kids}), append(l.known, dir)
 	}
 	ok = !l.cur.d.bad
 	l.look = look
