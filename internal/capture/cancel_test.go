@@ -15,6 +15,7 @@ import (
 	"github.com/holdfast-backup/holdfast/internal/ocis"
 	"github.com/holdfast-backup/holdfast/internal/repo"
 	"github.com/holdfast-backup/holdfast/internal/repo/id"
+	"github.com/holdfast-backup/holdfast/internal/storegen"
 	"github.com/holdfast-backup/holdfast/internal/testfixture"
 )
 
@@ -70,6 +71,49 @@ func TestCancelIsAnError(t *testing.T) {
 		}
 		fds, _ := os.ReadDir("/proc/self/fd")
 		t.Log(len(fds), "fds")
+	}
+}
+
+// hasCancel ends the run at the n-th question of what the repository has.
+type hasCancel struct {
+	*repo.Repository
+	n      atomic.Int64
+	cancel context.CancelCauseFunc
+}
+
+func (h *hasCancel) Has(t repo.BlobType, d id.ID) bool {
+	if h.n.Add(-1) == 0 {
+		h.cancel(errors.New("lock lost"))
+	}
+	return h.Repository.Has(t, d)
+}
+
+// TestCancelWhilePassingOver: a run that ends while it passes groups over tells why.
+func TestCancelWhilePassingOver(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "gen")
+	if _, err := storegen.Generate(t.Context(), storegen.Options{Dir: dir, Seed: 3, Files: 250, Bytes: 1 << 18, Spaces: 1}); err != nil {
+		t.Fatal(err)
+	}
+	inst := instanceOf(dir, "opencloud-posix")
+	r, _ := newRepo(t)
+	first, _, _ := run(t, r, inst, capture.Options{Now: future})
+	if _, err := storegen.Mutate(t.Context(), dir, 1, 0.01); err != nil {
+		t.Fatal(err)
+	}
+	ended := 0
+	for n := int64(1); n < 3000; n += 41 {
+		ctx, cancel := context.WithCancelCause(t.Context())
+		h := &hasCancel{Repository: r, cancel: cancel}
+		h.n.Store(n)
+		if _, err := capture.Run(ctx, h, r.NewWriter(ctx), capture.Options{Instance: inst, Now: future, Cache: first.Cache}); err != nil {
+			if ended++; !strings.Contains(err.Error(), "lock lost") {
+				t.Errorf("%d: %v", n, err)
+			}
+		}
+		cancel(nil)
+	}
+	if ended < 10 {
+		t.Errorf("%d runs ended", ended)
 	}
 }
 

@@ -157,13 +157,34 @@ type decomposed struct {
 	objects    counts // of the bucket
 }
 
+// errMoved tells that a space is not what the short look has found: somebody changes it at this moment.
+var errMoved = errors.New("the space changes while it is read")
+
+// afterLook is called between a short look and what is done by it, in tests.
+var afterLook func()
+
 func (s *store) decomposedSpace(ctx context.Context, sp *space) (*snapshotPart, error) {
 	d := &decomposed{store: s, sp: sp, old: s.cached(sp.id)}
 	if part := s.untouched(sp, d.old); part != nil {
 		return part, nil
 	}
+	part, err := d.capture(ctx, true)
+	if errors.Is(err, errMoved) {
+		d = &decomposed{store: s, sp: sp, old: d.old}
+		part, err = d.capture(ctx, false)
+	}
+	return part, err
+}
+
+// capture captures the space; what has changed since the last time is found by a short look, if that will do. Errors: errMoved.
+func (d *decomposed) capture(ctx context.Context, short bool) (_ *snapshotPart, failed error) {
+	s, sp := d.store, d.sp
 	var n counts
-	defer func() { s.count(n) }()
+	defer func() {
+		if !errors.Is(failed, errMoved) {
+			s.count(n)
+		}
+	}()
 	blobsDir := sp.rel + "/blobs"
 	// First all but the blobs: they tell which blobs there must be and where users see them.
 	gr := s.c.newGrouper(ctx, s.root, d.old.groups, func() (handler, error) { return &nodeHandler{d: d}, nil })
@@ -180,8 +201,13 @@ func (s *store) decomposedSpace(ctx context.Context, sp *space) (*snapshotPart, 
 		sc.old, sc.trust, sc.list = readListing(d.old.nodesSeen, s.rules), nothingInPlace, d.changes(sp.rel)
 		var young bool
 		var err error
-		if sc.only, onlyBlobs, young, err = d.lookShort(ctx); err != nil {
-			return nil, err
+		if short {
+			if sc.only, onlyBlobs, young, err = d.lookShort(ctx); err != nil {
+				return nil, err
+			}
+			if afterLook != nil {
+				afterLook()
+			}
 		}
 		if sc.only != nil {
 			cs.looked = d.old.looked
@@ -214,6 +240,9 @@ func (s *store) decomposedSpace(ctx context.Context, sp *space) (*snapshotPart, 
 	d.nodeGroups, werr = gr.wait()
 	if err = firstOf(werr, err); err != nil {
 		return nil, err
+	}
+	if sc.moved.Load() || gr.passing() {
+		return nil, errMoved
 	}
 	sameNodes := !gr.fresh && len(d.nodeGroups) == d.oldNodeGroups() && d.old.folder == sp.folder
 	// Then the blobs.
@@ -256,6 +285,9 @@ func (s *store) decomposedSpace(ctx context.Context, sp *space) (*snapshotPart, 
 		blobGroups, werr = br.wait()
 		if err = firstOf(werr, err); err != nil {
 			return nil, err
+		}
+		if sc.moved.Load() || br.passing() {
+			return nil, errMoved
 		}
 	} else if !errors.Is(err, fs.ErrNotExist) {
 		return nil, err

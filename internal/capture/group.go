@@ -5,7 +5,6 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
-	"fmt"
 	"hash"
 	"io/fs"
 	"sort"
@@ -58,7 +57,9 @@ func (g *group) decode(d *decoder) {
 	g.needs = d.ids()
 }
 
-// Sizes of groups in entries. A header takes about 1.5 KiB, so a usual group is some 130 KiB of tar, one
+// Sizes of groups in entries. Who changes them, or border, changes cacheMagic as well: groups that are passed over keep their borders.
+//
+// A header takes about 1.5 KiB, so a usual group is some 130 KiB of tar, one
 // chunk or two. What changes on a day is spread over the store, and a group with a change is read as a
 // whole: with 2.8 million entries and 1 % of the files changed, groups of four times this size take
 // half as much of the processor again and store 40 % more; half the size gains little, but makes
@@ -166,7 +167,7 @@ func (c *capturer) newGrouper(ctx context.Context, r *root, cached map[string]*g
 
 // add appends e to the stream.
 func (gr *grouper) add(e *entry) error {
-	if gr.over != nil && gr.over.at >= 0 && gr.over.next(e.path, gr.take) {
+	if gr.passing() && gr.over.next(e.path, gr.take) {
 		gr.c.entries.Add(1)
 		return nil
 	}
@@ -207,6 +208,10 @@ func (gr *grouper) cut() {
 	})
 }
 
+// passing reports whether the stream stands in a group that is passed over. It never ends there unless what was looked at has changed
+// since: the last group is always read.
+func (gr *grouper) passing() bool { return gr.over != nil && gr.over.at >= 0 }
+
 // take uses a group of the last time again.
 func (gr *grouper) take(old *group) {
 	g := old.again()
@@ -220,9 +225,6 @@ func (gr *grouper) wait() ([]*group, error) {
 	gr.cut()
 	if err := gr.g.Wait(); err != nil {
 		return nil, err
-	}
-	if gr.over != nil && gr.over.at >= 0 { // cannot be: the last one is never passed over
-		return nil, fmt.Errorf("the walk ended within %s", gr.over.groups[gr.over.at].first)
 	}
 	sort.Slice(gr.groups, func(i, j int) bool { return comparePaths(gr.groups[i].first, gr.groups[j].first) < 0 })
 	return gr.groups, nil

@@ -4,6 +4,8 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -317,8 +319,12 @@ func TestPassedOverEqualsFull(t *testing.T) {
 			}
 		case round == 23: // so much that groups are where they were nowhere
 			vandalize(t, rng, filepath.Join(dir, "data/storage/users"), 200, false)
-		default:
+		case round%2 == 0:
 			vandalize(t, rng, filepath.Join(dir, "data/storage/users"), 1+rng.IntN(4), false)
+		default:
+			for range 1 + rng.IntN(3) {
+				changeFirst(rng, filepath.Join(dir, "data/storage/users"), capture.Firsts(last.Cache))
+			}
 		}
 		got, inc, _ := run(t, r, inst, capture.Options{Now: future, Cache: reload(t, last.Cache)})
 		want, full, st := run(t, r, inst, capture.Options{Now: future, FullScan: true})
@@ -336,7 +342,14 @@ func TestPassedOverEqualsFull(t *testing.T) {
 		if got.Stats.EntriesPassed > most/4 {
 			passed++
 		}
-		// What was remembered: nothing differs from it.
+		kept, all := capture.Remembered(got.Cache), capture.Remembered(want.Cache)
+		for space := range all {
+			if !slices.Equal(kept[space], all[space]) {
+				t.Errorf("round %d: of space %s is remembered\n%q\nand by the full capture\n%q", round, space,
+					without(kept[space], all[space]), without(all[space], kept[space]))
+			}
+		}
+		// Nothing differs from it.
 		again, same, _ := run(t, r, inst, capture.Options{Now: future, Cache: reload(t, got.Cache)})
 		if *same.Tree != *full.Tree || again.Stats.DirsListed > 30 {
 			t.Errorf("round %d: %d directories were listed although nothing had changed", round, again.Stats.DirsListed)
@@ -355,4 +368,111 @@ func TestPassedOverEqualsFull(t *testing.T) {
 	if *inc.Tree != *full.Tree || st.NewBlobs != [2]int64{} {
 		t.Errorf("in another repository the tree is %v, not %v, and %v blobs were missing", *inc.Tree, *full.Tree, st.NewBlobs)
 	}
+}
+
+// changeFirst changes something about the first entry of a group, or beside it: that is where groups end.
+func changeFirst(rng *rand.Rand, root string, firsts []string) {
+	first := firsts[rng.IntN(len(firsts))]
+	p := filepath.Join(root, first)
+	if strings.Count(first, "/") < 5 { // not all of a space
+		return
+	}
+	// Some of these cannot be done; what can is enough.
+	switch rng.IntN(6) {
+	case 0:
+		_ = os.RemoveAll(p)
+	case 1:
+		_ = os.Rename(p, p+"z")
+	case 2:
+		_ = os.WriteFile(filepath.Join(filepath.Dir(p), "!"), nil, 0o600)
+	case 3:
+		_ = os.WriteFile(filepath.Join(p, "new"), nil, 0o600)
+	case 4: // a file in the place of a directory
+		_ = os.RemoveAll(p)
+		_ = os.WriteFile(p, nil, 0o600)
+	case 5: // and the other way round
+		if os.Remove(p) == nil {
+			_ = os.MkdirAll(p+"/a/b", 0o700)
+		}
+	}
+}
+
+// without returns what of a is not in b.
+func without(a, b []string) (out []string) {
+	for _, s := range a {
+		if !slices.Contains(b, s) && len(out) < 5 {
+			out = append(out, s)
+		}
+	}
+	return out
+}
+
+// TestChangedAfterTheLook: what is changed between the look at a space and the walk is no error, and if that run does not see it the
+// next one does.
+func TestChangedAfterTheLook(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "gen")
+	if _, err := storegen.Generate(t.Context(), storegen.Options{Dir: dir, Seed: 10, Files: 400, Bytes: 1 << 18, Spaces: 1}); err != nil {
+		t.Fatal(err)
+	}
+	inst := instanceOf(dir, "opencloud-posix")
+	r, _ := newRepo(t)
+	last, _, _ := run(t, r, inst, capture.Options{Now: future})
+	spaces, err := filepath.Glob(filepath.Join(dir, "data/storage/users/spaces/*/*"))
+	if err != nil || len(spaces) != 1 {
+		t.Fatal(spaces, err)
+	}
+	at := func(p string) string { return filepath.Join(spaces[0], p) }
+	shards, _ := filepath.Glob(at("nodes/*"))
+	blobs, _ := filepath.Glob(at("blobs/*"))
+	if len(shards) < 150 || len(blobs) < 100 {
+		t.Fatal(len(shards), len(blobs))
+	}
+	put := func(p string) func() error { return func() error { return os.WriteFile(p, nil, 0o600) } }
+	for i, change := range []func() error{
+		put(at("aa")),
+		put(at("zz")),
+		put(at("nodes/zz")),
+		put(at("blobs/zz")),
+		put(filepath.Join(shards[20], "zz")),
+		func() error { return removeAll(shards[30:50]) },
+		func() error { return removeAll(blobs[30:50]) },
+		func() error { return os.Rename(blobs[60], blobs[60]+"x") },
+		func() error { return removeAll(shards[len(shards)-40:]) },
+		func() error { return removeAll(blobs[70:]) },
+		func() error { return os.Rename(at("nodes"), at("gone")) },
+	} {
+		// One change is seen by the look, so that there is something to do.
+		if err := put(filepath.Join(shards[10], itoa(i)))(); err != nil {
+			t.Fatal(err)
+		}
+		called := false
+		restore := capture.AfterLook(func() {
+			if !called {
+				called = true
+				if err := change(); err != nil {
+					t.Error(i, err)
+				}
+			}
+		})
+		got, _, _ := run(t, r, inst, capture.Options{Now: future, Cache: reload(t, last.Cache)})
+		restore()
+		if !called {
+			t.Errorf("change %d: the space was not looked at", i)
+		}
+		next, inc, _ := run(t, r, inst, capture.Options{Now: future, Cache: reload(t, got.Cache)})
+		_, full, _ := run(t, r, inst, capture.Options{Now: future, FullScan: true})
+		if *inc.Tree != *full.Tree {
+			t.Errorf("change %d: the tree of the next run is not that of a full capture", i)
+		}
+		last = next
+	}
+}
+
+func removeAll(paths []string) error {
+	for _, p := range paths {
+		if err := os.RemoveAll(p); err != nil {
+			return err
+		}
+	}
+	return nil
 }

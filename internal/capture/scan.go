@@ -46,6 +46,8 @@ type scanner struct {
 	// pass, if not nil, is asked of a directory below which nothing differs, after the directory itself was seen. If it says true it
 	// has taken care of what is below, which is not walked.
 	pass func(dir string, l *listing, kids []byte) bool
+	// moved is set where something that only does not name is not what old says.
+	moved atomic.Bool
 	// listed counts the directories that were listed; nil: they are not counted.
 	listed *atomic.Int64
 	// taken counts the entries that were not looked at because of the list; nil: they are not counted.
@@ -105,6 +107,9 @@ func (sc *scanner) walk(ctx context.Context, rel string, fn func(*entry) error) 
 	e, err := sc.r.stat(rel)
 	if err != nil {
 		return err
+	}
+	if sc.only != nil && !sc.only[rel] && !sc.old.top.same(&e) {
+		sc.moved.Store(true)
 	}
 	if err := fn(&e); err != nil || !e.isDir() {
 		return err
@@ -293,6 +298,9 @@ func (l *lister) list(dir *entry, old oldDir, out *[]scanItem) {
 	defer func() { l.found, l.known = l.found[:f], l.known[:k] }()
 	found, known, ok := l.unchanged(dir, old)
 	if !ok {
+		if l.sc.only != nil && old.known && !l.sc.only[dir.path] {
+			l.sc.moved.Store(true)
+		}
 		found, known = l.read(dir, old)
 	}
 	if len(found) > inlineEntries || len(*out) > inlineMost {
