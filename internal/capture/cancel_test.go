@@ -90,11 +90,7 @@ func (h *hasCancel) Has(t repo.BlobType, d id.ID) bool {
 
 // TestCancelWhilePassingOver: a run that ends while it passes groups over tells why.
 func TestCancelWhilePassingOver(t *testing.T) {
-	dir := filepath.Join(t.TempDir(), "gen")
-	if _, err := storegen.Generate(t.Context(), storegen.Options{Dir: dir, Seed: 3, Files: 250, Bytes: 1 << 18, Spaces: 1}); err != nil {
-		t.Fatal(err)
-	}
-	inst := instanceOf(dir, "opencloud-posix")
+	dir, inst := generated(t, storegen.Options{Seed: 3, Files: 250, Bytes: 1 << 18, Spaces: 1})
 	r, _ := newRepo(t)
 	first, _, _ := run(t, r, inst, capture.Options{Now: future})
 	if _, err := storegen.Mutate(t.Context(), dir, 1, 0.01); err != nil {

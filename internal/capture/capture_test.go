@@ -23,6 +23,17 @@ import (
 // fixtures are the sample instances with local blobs.
 var fixtures = []string{"ocis-posix", "opencloud-posix", "opencloud-posixfs"}
 
+// generated makes an instance of OpenCloud in a directory of its own.
+func generated(t *testing.T, o storegen.Options) (dir string, inst *ocis.Instance) {
+	t.Helper()
+	dir = filepath.Join(t.TempDir(), "gen")
+	o.Dir = dir
+	if _, err := storegen.Generate(t.Context(), o); err != nil {
+		t.Fatal(err)
+	}
+	return dir, instanceOf(dir, "opencloud-posix")
+}
+
 // instanceOf describes a fixture without discover.
 func instanceOf(dir, name string) *ocis.Instance {
 	data, config := filepath.Join(dir, "data"), filepath.Join(dir, "config")
@@ -301,11 +312,7 @@ func shelves(t *testing.T, path string, n int) []string {
 // TestCacheIsWrittenWhereItChanged: a backup of what is unchanged writes no space again; what an interrupted
 // run left goes; and two runs at once do not disturb each other.
 func TestCacheIsWrittenWhereItChanged(t *testing.T) {
-	dir := filepath.Join(t.TempDir(), "gen")
-	if _, err := storegen.Generate(t.Context(), storegen.Options{Dir: dir, Seed: 9, Files: 400, Bytes: 1 << 20, Spaces: 4}); err != nil {
-		t.Fatal(err)
-	}
-	inst := instanceOf(dir, "opencloud-posix")
+	dir, inst := generated(t, storegen.Options{Seed: 9, Files: 400, Bytes: 1 << 20, Spaces: 4})
 	r, _ := newRepo(t)
 	file := filepath.Join(t.TempDir(), "cache")
 	next := func(before *capture.Cache, save bool) (*capture.Cache, *capture.Result, *snapshot.Snapshot) {

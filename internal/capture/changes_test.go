@@ -125,11 +125,7 @@ func TestListedEqualsFull(t *testing.T) {
 	for _, viewed := range []bool{false, true} {
 		t.Run(fmt.Sprintf("view=%v", viewed), func(t *testing.T) {
 			view := onBtrfs(t)
-			dir := filepath.Join(t.TempDir(), "gen")
-			if _, err := storegen.Generate(t.Context(), storegen.Options{Dir: dir, Seed: 5, Files: 400, Bytes: 1 << 20, Spaces: 6}); err != nil {
-				t.Fatal(err)
-			}
-			inst := instanceOf(dir, "opencloud-posix")
+			dir, inst := generated(t, storegen.Options{Seed: 5, Files: 400, Bytes: 1 << 20, Spaces: 6})
 			r, _ := newRepo(t)
 			o := capture.Options{Now: future}
 			seed := uint64(time.Now().UnixNano())
@@ -299,11 +295,7 @@ func vandalize(t *testing.T, rng *rand.Rand, dir string, n int, inPlace bool) {
 // TestListedButPruned: what the file system calls unchanged is read again if the repository has lost it.
 func TestListedButPruned(t *testing.T) {
 	onBtrfs(t)
-	dir := filepath.Join(t.TempDir(), "gen")
-	if _, err := storegen.Generate(t.Context(), storegen.Options{Dir: dir, Seed: 7, Files: 60, Bytes: 1 << 18, Spaces: 3}); err != nil {
-		t.Fatal(err)
-	}
-	inst := instanceOf(dir, "opencloud-posix")
+	_, inst := generated(t, storegen.Options{Seed: 7, Files: 60, Bytes: 1 << 18, Spaces: 3})
 	r, _ := newRepo(t)
 	first, _, _ := run(t, r, inst, capture.Options{Now: future})
 	other, _ := newRepo(t)

@@ -181,9 +181,11 @@ func (d *decomposed) capture(ctx context.Context, short bool) (_ *snapshotPart, 
 	s, sp := d.store, d.sp
 	var n counts
 	defer func() {
-		if !errors.Is(failed, errMoved) {
-			s.count(n)
+		if errors.Is(failed, errMoved) { // they will be counted once more
+			s.c.entries.Add(-n.metaEntries - n.blobEntries)
+			return
 		}
+		s.count(n)
 	}()
 	blobsDir := sp.rel + "/blobs"
 	// First all but the blobs: they tell which blobs there must be and where users see them.

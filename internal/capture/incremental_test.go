@@ -23,11 +23,7 @@ import (
 // TestIncrementalEqualsFull is the law of change detection: after the changes that a server makes, a
 // capture with the cache gives the same tree as one that reads everything.
 func TestIncrementalEqualsFull(t *testing.T) {
-	dir := filepath.Join(t.TempDir(), "gen")
-	if _, err := storegen.Generate(t.Context(), storegen.Options{Dir: dir, Seed: 5, Files: 1500, Bytes: 6 << 20, Spaces: 6}); err != nil {
-		t.Fatal(err)
-	}
-	inst := instanceOf(dir, "opencloud-posix")
+	dir, inst := generated(t, storegen.Options{Seed: 5, Files: 1500, Bytes: 6 << 20, Spaces: 6})
 	r, _ := newRepo(t)
 	res, _, _ := run(t, r, inst, capture.Options{Now: future})
 	if !res.Manifest.Proof.Complete {
@@ -173,11 +169,7 @@ func TestEachChangeIsSeen(t *testing.T) {
 
 // TestUnchangedDirectoriesAreNotListed: a second scan lists the top directories and what has changed.
 func TestUnchangedDirectoriesAreNotListed(t *testing.T) {
-	dir := filepath.Join(t.TempDir(), "gen")
-	if _, err := storegen.Generate(t.Context(), storegen.Options{Dir: dir, Seed: 6, Files: 400, Bytes: 1 << 20, Spaces: 4}); err != nil {
-		t.Fatal(err)
-	}
-	inst := instanceOf(dir, "opencloud-posix")
+	_, inst := generated(t, storegen.Options{Seed: 6, Files: 400, Bytes: 1 << 20, Spaces: 4})
 	r, _ := newRepo(t)
 	first, _, _ := run(t, r, inst, capture.Options{Now: future})
 	again, _, _ := run(t, r, inst, capture.Options{Cache: first.Cache, Now: future})
@@ -283,11 +275,7 @@ func TestUnreadableIsNamed(t *testing.T) {
 // TestUntouchedSpacesAreNotScanned: within one run, what is known to be unchanged is taken as it was; what
 // is not known is looked at, and the same tree comes out.
 func TestUntouchedSpacesAreNotScanned(t *testing.T) {
-	dir := filepath.Join(t.TempDir(), "gen")
-	if _, err := storegen.Generate(t.Context(), storegen.Options{Dir: dir, Seed: 7, Files: 400, Bytes: 1 << 20, Spaces: 8}); err != nil {
-		t.Fatal(err)
-	}
-	inst := instanceOf(dir, "opencloud-posix")
+	dir, inst := generated(t, storegen.Options{Seed: 7, Files: 400, Bytes: 1 << 20, Spaces: 8})
 	r, _ := newRepo(t)
 	first, _, _ := run(t, r, inst, capture.Options{Now: future})
 	store := filepath.Join(dir, "data/storage/users")

@@ -1,6 +1,7 @@
 package capture_test
 
 import (
+	"errors"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -270,11 +271,7 @@ func TestAttributesChangedInPlace(t *testing.T) {
 
 // TestLargeSpaceIsSharedOut: the same is found where several goroutines look at one space.
 func TestLargeSpaceIsSharedOut(t *testing.T) {
-	dir := filepath.Join(t.TempDir(), "gen")
-	if _, err := storegen.Generate(t.Context(), storegen.Options{Dir: dir, Seed: 8, Files: 2500, Bytes: 1 << 20, Spaces: 1}); err != nil {
-		t.Fatal(err)
-	}
-	inst := instanceOf(dir, "opencloud-posix")
+	dir, inst := generated(t, storegen.Options{Seed: 8, Files: 2500, Bytes: 1 << 20, Spaces: 1})
 	r, _ := newRepo(t)
 	res, sn, _ := run(t, r, inst, capture.Options{Now: future})
 	again, same, _ := run(t, r, inst, capture.Options{Cache: res.Cache, Now: future})
@@ -300,11 +297,7 @@ func TestLargeSpaceIsSharedOut(t *testing.T) {
 // TestPassedOverEqualsFull: after random changes that touch directories, a capture that passes groups over gives the same tree as one
 // that reads everything, and remembers the same.
 func TestPassedOverEqualsFull(t *testing.T) {
-	dir := filepath.Join(t.TempDir(), "gen")
-	if _, err := storegen.Generate(t.Context(), storegen.Options{Dir: dir, Seed: 9, Files: 1200, Bytes: 1 << 20, Spaces: 2}); err != nil {
-		t.Fatal(err)
-	}
-	inst := instanceOf(dir, "opencloud-posix")
+	dir, inst := generated(t, storegen.Options{Seed: 9, Files: 1200, Bytes: 1 << 20, Spaces: 2})
 	r, _ := newRepo(t)
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
@@ -410,11 +403,7 @@ func without(a, b []string) (out []string) {
 // TestChangedAfterTheLook: what is changed between the look at a space and the walk is no error, and if that run does not see it the
 // next one does.
 func TestChangedAfterTheLook(t *testing.T) {
-	dir := filepath.Join(t.TempDir(), "gen")
-	if _, err := storegen.Generate(t.Context(), storegen.Options{Dir: dir, Seed: 10, Files: 400, Bytes: 1 << 18, Spaces: 1}); err != nil {
-		t.Fatal(err)
-	}
-	inst := instanceOf(dir, "opencloud-posix")
+	dir, inst := generated(t, storegen.Options{Seed: 10, Files: 400, Bytes: 1 << 18, Spaces: 1})
 	r, _ := newRepo(t)
 	last, _, _ := run(t, r, inst, capture.Options{Now: future})
 	spaces, err := filepath.Glob(filepath.Join(dir, "data/storage/users/spaces/*/*"))
@@ -428,21 +417,27 @@ func TestChangedAfterTheLook(t *testing.T) {
 		t.Fatal(len(shards), len(blobs))
 	}
 	put := func(p string) func() error { return func() error { return os.WriteFile(p, nil, 0o600) } }
+	var mark string
 	for i, change := range []func() error{
 		put(at("aa")),
 		put(at("zz")),
 		put(at("nodes/zz")),
 		put(at("blobs/zz")),
+		put(at("blobs/!")),
 		put(filepath.Join(shards[20], "zz")),
 		func() error { return removeAll(shards[30:50]) },
 		func() error { return removeAll(blobs[30:50]) },
 		func() error { return os.Rename(blobs[60], blobs[60]+"x") },
 		func() error { return removeAll(shards[len(shards)-40:]) },
 		func() error { return removeAll(blobs[70:]) },
+		func() error { // a folder that the look has named is gone, so that the one above it is read
+			return errors.Join(os.RemoveAll(mark), put(shards[100]+"x")())
+		},
 		func() error { return os.Rename(at("nodes"), at("gone")) },
 	} {
 		// One change is seen by the look, so that there is something to do.
-		if err := put(filepath.Join(shards[10], itoa(i)))(); err != nil {
+		mark = shards[5+i]
+		if err := put(filepath.Join(mark, "new"))(); err != nil {
 			t.Fatal(err)
 		}
 		called := false
@@ -454,13 +449,16 @@ func TestChangedAfterTheLook(t *testing.T) {
 				}
 			}
 		})
-		got, _, _ := run(t, r, inst, capture.Options{Now: future, Cache: reload(t, last.Cache)})
+		got, seen, _ := run(t, r, inst, capture.Options{Now: future, Cache: reload(t, last.Cache)})
 		restore()
 		if !called {
 			t.Errorf("change %d: the space was not looked at", i)
 		}
 		next, inc, _ := run(t, r, inst, capture.Options{Now: future, Cache: reload(t, got.Cache)})
-		_, full, _ := run(t, r, inst, capture.Options{Now: future, FullScan: true})
+		want, full, _ := run(t, r, inst, capture.Options{Now: future, FullScan: true})
+		if top := i < 2 || i == 12; top && (*seen.Tree != *full.Tree || got.Stats.Entries != want.Stats.Entries) {
+			t.Errorf("change %d, at the top: not walked again: %d entries, and %d by a full capture", i, got.Stats.Entries, want.Stats.Entries)
+		}
 		if *inc.Tree != *full.Tree {
 			t.Errorf("change %d: the tree of the next run is not that of a full capture", i)
 		}

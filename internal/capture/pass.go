@@ -11,7 +11,7 @@ type passage struct {
 	at     int      // the group that is being passed over; -1: none
 }
 
-// passage returns what can be passed over of groups, which are in order; nil if that is nothing. usable reports whether a group can
+// passage returns what can be passed over of groups, which are in order. usable reports whether a group can
 // be used again for all that is not in differ.
 func (c *capturer) passage(groups []*group, differ differing, usable func(g *group) bool) *passage {
 	n := len(groups)

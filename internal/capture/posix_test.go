@@ -181,11 +181,7 @@ func TestForgottenParentIsNotUsed(t *testing.T) {
 }
 
 func TestSamePictureSameTree(t *testing.T) {
-	dir := filepath.Join(t.TempDir(), "gen")
-	if _, err := storegen.Generate(t.Context(), storegen.Options{Dir: dir, Seed: 9, Files: 1500, Bytes: 20 << 20, Spaces: 9}); err != nil {
-		t.Fatal(err)
-	}
-	inst := instanceOf(dir, "opencloud-posix")
+	_, inst := generated(t, storegen.Options{Seed: 9, Files: 1500, Bytes: 20 << 20, Spaces: 9})
 	r, _ := newRepo(t)
 	first, sn, _ := run(t, r, inst, capture.Options{Now: future})
 	for w := 1; w <= 8; w++ {

@@ -108,9 +108,6 @@ func (sc *scanner) walk(ctx context.Context, rel string, fn func(*entry) error) 
 	if err != nil {
 		return err
 	}
-	if sc.only != nil && !sc.only[rel] && !sc.old.top.same(&e) {
-		sc.moved.Store(true)
-	}
 	if err := fn(&e); err != nil || !e.isDir() {
 		return err
 	}

@@ -281,9 +281,10 @@ func (d *pairDecoder) decode(sealed [][]byte, es []pack.Entry) []opened {
 	out := d.out[:len(es)]
 	good := 0
 	for i, e := range es {
-		if n := int(e.PlainSize()) + decodeSlack; n <= pairMax+decodeSlack && cap(*d.bufs[i]) < n {
+		// A large one gets its memory when its seal has been found good.
+		if n := e.PlainSize(); n <= pairMax && int64(cap(*d.bufs[i])) < n+decodeSlack {
 			putBuffer(d.bufs[i])
-			d.bufs[i] = getBuffer(n)
+			d.bufs[i] = getBuffer(int(n + decodeSlack))
 		}
 		o := &out[i]
 		if o.data, o.err = d.r.openBlob((*d.bufs[i])[:0], sealed[i], e); o.err == nil {

@@ -57,6 +57,16 @@
 	VPXOR 32+a(with), z, z;   \
 	VPXOR 48+a(with), w, w
 
+// t becomes the last block of in and with, whose length is AX.
+#define LAST(in, with, x, y, z, w) \
+	LEAQ  -64(in)(AX*1), R11;   \
+	LEAQ  -64(with)(AX*1), R12; \
+	VPXOR x, x, x;              \
+	VPXOR y, y, y;              \
+	VPXOR z, z, z;              \
+	VPXOR w, w, w;              \
+	TAKE(R11, R12, 0, x, y, z, w)
+
 // t is kept at s, or what is kept there is added to it.
 #define KEEP(s, x, y, z, w) \
 	VMOVDQU x, s(SP);    \
@@ -107,20 +117,8 @@ fetch:                      \
 	PREFETCHT0 (DX)(R11*1); \
 	PREFETCHT0 (R10)(R11*1); \
 	JNZ  fetch;             \
-	LEAQ -64(SI)(AX*1), R11; \
-	LEAQ -64(DX)(AX*1), R12; \
-	VPXOR X0, X0, X0;       \
-	VPXOR X1, X1, X1;       \
-	VPXOR X2, X2, X2;       \
-	VPXOR X3, X3, X3;       \
-	TAKE(R11, R12, 0, X0, X1, X2, X3); \
-	LEAQ -64(R9)(AX*1), R11; \
-	LEAQ -64(R10)(AX*1), R12; \
-	VPXOR X8, X8, X8;       \
-	VPXOR X9, X9, X9;       \
-	VPXOR X10, X10, X10;    \
-	VPXOR X11, X11, X11;    \
-	TAKE(R11, R12, 0, X8, X9, X10, X11); \
+	LAST(SI, DX, X0, X1, X2, X3); \
+	LAST(R9, R10, X8, X9, X10, X11); \
 loop:                       \
 	BLOCK(S, 0);            \
 	PUT(DI, X0, X1, X2, X3); \

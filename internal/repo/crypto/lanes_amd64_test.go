@@ -12,11 +12,8 @@ import (
 func TestScryptOnOtherProcessors(t *testing.T) {
 	lanes, rotate := hasLanes, hasRotate
 	defer func() { hasLanes, hasRotate = lanes, rotate }()
-	if !lanes {
-		t.Skip("this processor has no AVX")
-	}
 	for _, way := range []struct{ lanes, rotate bool }{{false, false}, {true, false}, {true, true}} {
-		if way.rotate && !rotate {
+		if way.lanes && !lanes || way.rotate && !rotate {
 			continue
 		}
 		hasLanes, hasRotate = way.lanes, way.rotate
