@@ -15,3 +15,18 @@ func BenchmarkCut(b *testing.B) {
 		}
 	}
 }
+
+// A chunk that stays in the caches, with nothing to find.
+func BenchmarkScan(b *testing.B) {
+	c := New([32]byte{1}, Params{})
+	data := random(1, 1<<20)
+	for name, fn := range map[string]func([]byte, uint64, uint64) (int, uint64){"lanes": c.scan, "one": c.scanOne} {
+		b.Run(name, func(b *testing.B) {
+			b.SetBytes(int64(len(data)))
+			b.ReportAllocs()
+			for b.Loop() {
+				fn(data, 1, 0)
+			}
+		})
+	}
+}

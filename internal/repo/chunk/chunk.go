@@ -87,12 +87,44 @@ func (c *Chunker) Cut(data []byte) int {
 	return len(data)
 }
 
+// lane is how many bytes one of four chains of states looks at in one go.
+const lane = 2 << 10
+
 // scan returns after how many bytes the state first falls below limit, or 0, and the last state.
+//
+// Each state waits for the one before. So where there is an assembler, four places that lie a lane apart go on side by side: what the
+// state is there, the bytes before tell.
+func (c *Chunker) scan(data []byte, h, limit uint64) (int, uint64) {
+	i := 0
+	for haveLanes && i+4*lane <= len(data) {
+		piece := data[i : i+4*lane]
+		states := [4]uint64{h}
+		for k := range 3 {
+			for _, b := range piece[(k+1)*lane-window : (k+1)*lane] {
+				states[k+1] = states[k+1]<<1 + c.gear[b]
+			}
+		}
+		if scanLanes(&piece[0], &c.gear, &states, limit) {
+			// In one of them; which is the first is not known yet.
+			n, h := c.scanOne(piece, h, limit)
+			return i + n, h
+		}
+		h = states[3]
+		i += 4 * lane
+	}
+	n, h := c.scanOne(data[i:], h, limit)
+	if n > 0 {
+		n += i
+	}
+	return n, h
+}
+
+// scanOne does what scan does, with one chain.
 //
 // Four bytes a turn: the states after one to four bytes are computed side by side from the state
 // before, so the chain from turn to turn is one shift and one addition. A turn of one byte each
 // is bound by that chain (measured: see BenchmarkCut).
-func (c *Chunker) scan(data []byte, h, limit uint64) (int, uint64) {
+func (c *Chunker) scanOne(data []byte, h, limit uint64) (int, uint64) {
 	gear := &c.gear
 	i := 0
 	for ; i+4 <= len(data); i += 4 {
