@@ -22,6 +22,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"syscall"
@@ -443,7 +444,7 @@ func (b *bench) compare(step string, t *tool) error {
 	var all []string
 	for _, part := range []string{"data", "config"} {
 		// The other programs write holes out; everything else must be equal.
-		diffs, err := testfixture.DiffOptions(filepath.Join(b.store, part), filepath.Join(t.restoredTree(), part), testfixture.Options{IgnoreHoles: t.name != "holdfast", Limit: 10})
+		diffs, err := testfixture.DiffOptions(filepath.Join(b.store, part), filepath.Join(t.restoredTree(), part), testfixture.Options{IgnoreHoles: t.name != "holdfast", Limit: 10, Workers: 4 * runtime.GOMAXPROCS(0)})
 		if err != nil {
 			return fmt.Errorf("%s: compare what was restored: %w", t.name, err)
 		}

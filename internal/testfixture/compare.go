@@ -11,9 +11,11 @@ import (
 	"slices"
 	"sort"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 )
 
@@ -32,6 +34,8 @@ type Options struct {
 	IgnoreHoles   bool
 	// Limit is how many differences are reported; 0 is 100.
 	Limit int
+	// Workers is how many directories are compared at the same time; 0 is one. Ignore is called by each of them.
+	Workers int
 }
 
 // Compare reports each difference between the trees as an error of the test: names, types,
@@ -57,12 +61,15 @@ func DiffOptions(want, got string, o Options) ([]string, error) {
 		o.Limit = 100
 	}
 	d := differ{o: o, linksWant: map[inode][]string{}, linksGot: map[inode][]string{}}
-	for i := range d.buf {
-		d.buf[i] = make([]byte, 128<<10)
+	d.workers.SetLimit(max(0, o.Workers-1))
+	err := d.entry(want, got, ".")
+	if other := d.workers.Wait(); err == nil {
+		err = other
 	}
-	if err := d.entry(want, got, "."); err != nil {
+	if err != nil {
 		return nil, err
 	}
+	slices.Sort(d.out) // directories were done in any order
 	if !o.IgnoreLinks {
 		d.links()
 	}
@@ -75,14 +82,21 @@ func DiffOptions(want, got string, o Options) ([]string, error) {
 type inode struct{ dev, ino uint64 }
 
 type differ struct {
-	o                   Options
-	out                 []string
-	left                int
-	linksWant, linksGot map[inode][]string
-	buf                 [2][]byte
+	o       Options
+	workers errgroup.Group // besides the caller
+
+	mu                  sync.Mutex
+	out                 []string           // guarded by mu
+	left                int                // guarded by mu
+	linksWant, linksGot map[inode][]string // guarded by mu
 }
 
+// rooms are for contents, one for each side.
+var rooms = sync.Pool{New: func() any { return new([2][128 << 10]byte) }}
+
 func (d *differ) add(path, format string, args ...any) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	if len(d.out) >= d.o.Limit {
 		d.left++
 		return
@@ -124,13 +138,15 @@ func (d *differ) entry(want, got, rel string) error {
 			return err
 		}
 	}
-	if kind != unix.S_IFDIR {
+	if kind != unix.S_IFDIR && (sw.Nlink > 1 || sg.Nlink > 1) {
+		d.mu.Lock()
 		if sw.Nlink > 1 {
 			d.linksWant[inode{sw.Dev, sw.Ino}] = append(d.linksWant[inode{sw.Dev, sw.Ino}], rel)
 		}
 		if sg.Nlink > 1 {
 			d.linksGot[inode{sg.Dev, sg.Ino}] = append(d.linksGot[inode{sg.Dev, sg.Ino}], rel)
 		}
+		d.mu.Unlock()
 	}
 	switch kind {
 	case unix.S_IFREG:
@@ -152,7 +168,11 @@ func (d *differ) entry(want, got, rel string) error {
 			d.add(rel, "device %d:%d instead of %d:%d", unix.Major(sg.Rdev), unix.Minor(sg.Rdev), unix.Major(sw.Rdev), unix.Minor(sw.Rdev))
 		}
 	case unix.S_IFDIR:
-		return d.dir(want, got, rel)
+		fn := func() error { return d.dir(want, got, rel) }
+		if d.o.Workers > 1 && d.workers.TryGo(fn) {
+			return nil
+		}
+		return fn()
 	}
 	return nil
 }
@@ -229,15 +249,18 @@ func (d *differ) content(want, got, rel string, sizeWant, sizeGot int64) error {
 			d.add(rel, "holes %q instead of %q", hg, hw)
 		}
 	}
+	room, _ := rooms.Get().(*[2][128 << 10]byte)
+	defer rooms.Put(room)
+	bw, bg := room[0][:], room[1][:]
 	for off := int64(0); ; {
-		n, errw := io.ReadFull(fw, d.buf[0])
-		m, errg := io.ReadFull(fg, d.buf[1])
+		n, errw := io.ReadFull(fw, bw)
+		m, errg := io.ReadFull(fg, bg)
 		if n != m {
 			return fmt.Errorf("%s changed while it was compared", rel)
 		}
-		if !bytes.Equal(d.buf[0][:n], d.buf[1][:n]) {
+		if !bytes.Equal(bw[:n], bg[:n]) {
 			i := int64(0)
-			for d.buf[0][i] == d.buf[1][i] {
+			for bw[i] == bg[i] {
 				i++
 			}
 			d.add(rel, "content differs from byte %d on", off+i)

@@ -3,6 +3,7 @@ package testfixture
 import (
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -163,6 +164,9 @@ func TestDiffSeesEverything(t *testing.T) {
 			must(t, c.change(got))
 			diffs, err := Diff(want, got)
 			must(t, err)
+			if many, err := DiffOptions(want, got, Options{Workers: 5}); err != nil || !slices.Equal(many, diffs) {
+				t.Errorf("with more workers: %q, %v, not %q", many, err, diffs)
+			}
 			if c.want == "" {
 				if len(diffs) > 0 {
 					t.Errorf("equal trees differ: %q", diffs)
