@@ -1152,9 +1152,11 @@ func TestRandomDeaths(t *testing.T) {
 			}
 			_ = b.cmd.Wait()
 			eventually(t, "the guard has ended", func() bool { return len(i.guards()) == 0 })
-			if _, err := Recover(background(), filepath.Join(i.dir, "state")); err != nil {
+			r, err := Recover(background(), filepath.Join(i.dir, "state"))
+			if err != nil {
 				t.Error(err)
 			}
+			t.Logf("recovered: %+v; guards that were killed, if any: %v", r, guards)
 			eventually(t, "the instance runs", i.runs)
 			i.wantNoRecord()
 		})
