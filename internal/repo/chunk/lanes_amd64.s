@@ -1,13 +1,12 @@
+#include "go_asm.h"
 #include "textflag.h"
-
-#define LANE 2048
 
 // One byte of each lane.
 #define BYTES(i) \
 	MOVBLZX (i)(SI), AX \
-	MOVBLZX (LANE+i)(SI), BX \
-	MOVBLZX (2*LANE+i)(SI), R12 \
-	MOVBLZX (3*LANE+i)(SI), R13 \
+	MOVBLZX (const_lane+i)(SI), BX \
+	MOVBLZX (2*const_lane+i)(SI), R12 \
+	MOVBLZX (3*const_lane+i)(SI), R13 \
 	ADDQ R8, R8 \
 	ADDQ R9, R9 \
 	ADDQ R10, R10 \
@@ -35,7 +34,7 @@ TEXT ·scanLanes(SB), NOSPLIT, $0-33
 	MOVQ 8(CX), R9
 	MOVQ 16(CX), R10
 	MOVQ 24(CX), R11
-	LEAQ LANE(SI), CX
+	LEAQ const_lane(SI), CX
 
 next:
 	BYTES(0)
