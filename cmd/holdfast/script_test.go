@@ -24,6 +24,7 @@ import (
 	"github.com/holdfast-backup/holdfast/internal/backend/local"
 	"github.com/holdfast-backup/holdfast/internal/cloud/cloudtest"
 	"github.com/holdfast-backup/holdfast/internal/freeze"
+	"github.com/holdfast-backup/holdfast/internal/freeze/freezetest/boltlock"
 	"github.com/holdfast-backup/holdfast/internal/fssnap"
 	"github.com/holdfast-backup/holdfast/internal/repo"
 	"github.com/holdfast-backup/holdfast/internal/testfixture"
@@ -54,7 +55,7 @@ func cloudMain() {
 	dir := os.Getenv("CLOUD_DIR")
 	db, err := os.OpenFile(filepath.Join(dir, os.Getenv("CLOUD_DB")), os.O_RDWR, 0)
 	must(err)
-	must(unix.Flock(int(db.Fd()), unix.LOCK_EX|unix.LOCK_NB))
+	must(boltlock.Take(db))
 	pid := []byte(strconv.Itoa(os.Getpid()))
 	// Renamed, so that nobody reads half of it.
 	must(os.WriteFile(filepath.Join(dir, "server.new"), pid, 0o644))

@@ -19,6 +19,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/holdfast-backup/holdfast/internal/freeze/freezetest/boltlock"
 	"github.com/holdfast-backup/holdfast/internal/ocis"
 	"github.com/holdfast-backup/holdfast/internal/progress"
 )
@@ -80,7 +81,7 @@ func serverMain() {
 	if err != nil {
 		fail(err)
 	}
-	if err := flock(db, unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	if err := boltlock.Take(db); err != nil {
 		fail(err)
 	}
 	data, err := os.OpenFile(filepath.Join(base, "data"), os.O_APPEND|os.O_WRONLY|os.O_CREATE, 0o600)

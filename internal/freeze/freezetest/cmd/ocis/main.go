@@ -32,6 +32,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/holdfast-backup/holdfast/internal/freeze/freezetest/boltlock"
 	"github.com/holdfast-backup/holdfast/internal/freeze/freezetest/load"
 )
 
@@ -121,7 +122,7 @@ func server() {
 	db, err := os.OpenFile(filepath.Join(base, "idm", "idm.boltdb"), os.O_RDWR|os.O_CREATE, 0o644)
 	check(err)
 	defer db.Close() // not before, as a file that nobody needs any more would be
-	if err := syscall.Flock(int(db.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+	if err := boltlock.Take(db); err != nil {
 		record("locked out")
 		fail(err)
 	}
