@@ -2,9 +2,12 @@ package pax
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
+	"maps"
+	"math"
 	"strconv"
 	"strings"
 )
@@ -20,8 +23,30 @@ type Reader struct {
 	pad    int64
 	offset int64 // of the next header, for messages
 	blk    [BlockSize]byte
-	global map[string]string
-	anySum bool // takes headers with a wrong checksum, for the fuzzer
+	buf    []byte // the extended header at hand
+	local  records
+	global *records          // nil: there were none
+	keys   map[string]string // those of records that came, each made once
+	anySum bool              // takes headers with a wrong checksum, for the fuzzer
+}
+
+// The keys of records that are fields of a Header.
+const (
+	keyPath = iota
+	keyLinkpath
+	keySize
+	keyUID
+	keyGID
+	keyMtime
+	keyFields
+)
+
+var fieldNames = [keyFields]string{"path", "linkpath", "size", "uid", "gid", "mtime"}
+
+// records are those of an extended header.
+type records struct {
+	fields [keyFields][]byte // nil: not there
+	rest   map[string]string // nil: none
 }
 
 // HeaderLimit bounds an extended header, in bytes: 64 KiB for each of many attributes fits.
@@ -40,7 +65,7 @@ type Header struct {
 	Size     int64 // bytes of data that follow
 	Major    uint32
 	Minor    uint32
-	// Records are the pax records of the entry, global ones included.
+	// Records are the pax records of the entry, global ones included, without those that the fields above hold.
 	Records map[string]string
 }
 
@@ -126,7 +151,8 @@ func (t *Reader) Passed(n int64) { t.offset += n }
 //
 // Errors: ErrDamaged; others are those of the underlying reader.
 func (t *Reader) Next() (*Header, error) {
-	var local map[string]string
+	h := &Header{}
+	var local *records
 	for {
 		if err := t.Skip(); err != nil {
 			return nil, err
@@ -134,7 +160,7 @@ func (t *Reader) Next() (*Header, error) {
 		if err := t.full(t.blk[:]); err != nil {
 			return nil, err
 		}
-		if t.blk == [BlockSize]byte{} {
+		if t.blk[0] == 0 && t.blk == [BlockSize]byte{} {
 			if err := t.full(t.blk[:]); err != nil {
 				return nil, err
 			}
@@ -146,33 +172,35 @@ func (t *Reader) Next() (*Header, error) {
 			}
 			return nil, io.EOF
 		}
-		h, err := t.parseHeader()
-		if err != nil {
+		if err := t.parseHeader(h); err != nil {
 			return nil, err
 		}
 		if h.Type == 'x' || h.Type == 'g' {
 			if h.Size > HeaderLimit {
 				return nil, t.damaged("an extended header of %d bytes", h.Size)
 			}
-			p := make([]byte, h.Size)
+			p := t.room(int(h.Size))
 			if err := t.full(p); err != nil {
 				return nil, err
 			}
 			t.offset += BlockSize + h.Size + padding(h.Size)
 			t.pad = padding(h.Size)
-			rec, err := t.parsePax(p)
-			if err != nil {
-				return nil, err
-			}
 			if h.Type == 'x' {
-				local = rec
+				local = &t.local
+				*local = records{}
+				if err := t.parsePax(p, local); err != nil {
+					return nil, err
+				}
 				continue
 			}
 			if t.global == nil {
-				t.global = make(map[string]string)
+				t.global = &records{}
 			}
-			for k, v := range rec {
-				t.global[k] = v
+			if err := t.parsePax(p, t.global); err != nil {
+				return nil, err
+			}
+			for i, v := range t.global.fields {
+				t.global.fields[i] = bytes.Clone(v)
 			}
 			continue
 		}
@@ -189,136 +217,232 @@ func (t *Reader) Next() (*Header, error) {
 	}
 }
 
+// keepRoom is the longest extended header for which room is kept, in bytes.
+const keepRoom = 64 << 10
+
+// room is for an extended header of n bytes, until the next one.
+func (t *Reader) room(n int) []byte {
+	if n > keepRoom {
+		return make([]byte, n)
+	}
+	if n > cap(t.buf) {
+		t.buf = make([]byte, max(n, 1024))
+	}
+	return t.buf[:n]
+}
+
 // padding is the number of zeros that follow n bytes of data.
 func padding(n int64) int64 { return -n & (BlockSize - 1) }
 
-func (t *Reader) parseHeader() (*Header, error) {
+// checksum is the sum of the bytes of a header, with those of the sum itself taken for spaces.
+func checksum(b *[BlockSize]byte) int64 {
+	// Four lanes of 16 bits each hold the sums of every other byte: 64 words of them do not fill a lane.
+	const even = 0x00ff00ff00ff00ff
+	fold := func(x uint64) int64 { return int64(x&0xffff + x>>16&0xffff + x>>32&0xffff + x>>48) }
+	var lo, hi uint64
+	for i := 0; i < BlockSize; i += 8 {
+		x := binary.LittleEndian.Uint64(b[i:])
+		lo += x & even
+		hi += x >> 8 & even
+	}
+	sum := fold(lo) + fold(hi)
+	for _, c := range b[148:156] {
+		sum += ' ' - int64(c)
+	}
+	return sum
+}
+
+// parseHeader reads the header that is in t.blk. Of an extended one it takes type and size only.
+func (t *Reader) parseHeader(h *Header) error {
 	b := t.blk[:]
-	var sum int64
-	for i, c := range b {
-		if i >= 148 && i < 156 {
-			c = ' '
-		}
-		sum += int64(c)
-	}
 	want, ok := number(b[148:156])
-	if (!ok || want != sum) && !t.anySum {
-		return nil, t.damaged("wrong checksum of a header")
+	if (!ok || want != checksum(&t.blk)) && !t.anySum {
+		return t.damaged("wrong checksum of a header")
 	}
-	h := &Header{Type: b[156], Name: cString(b[0:100]), Link: cString(b[157:257])}
+	*h = Header{Type: b[156]}
 	if h.Type == 0 || h.Type == '7' {
 		h.Type = '0'
 	}
-	var n [6]int64
-	for i, f := range [6][]byte{b[100:108], b[108:116], b[116:124], b[124:136], b[136:148]} {
-		if f == nil {
-			continue
-		}
+	var n [5]int64
+	for i, f := range [5][]byte{b[100:108], b[108:116], b[116:124], b[124:136], b[136:148]} {
 		if n[i], ok = number(f); !ok {
-			return nil, t.damaged("a number that is none in a header")
+			return t.damaged("a number that is none in a header")
 		}
 	}
 	if n[1] < 0 || n[1] > 1<<32-1 || n[2] < 0 || n[2] > 1<<32-1 || n[3] < 0 {
-		return nil, t.damaged("a number out of range in a header")
+		return t.damaged("a number out of range in a header")
 	}
 	h.Mode, h.UID, h.GID, h.Size, h.Sec = uint32(n[0])&0o7777, uint32(n[1]), uint32(n[2]), n[3], n[4]
-	if bytes.Equal(b[257:263], []byte("ustar\x00")) {
+	ustar := string(b[257:263]) == "ustar\x00"
+	if ustar {
 		major, ok1 := number(b[329:337])
 		minor, ok2 := number(b[337:345])
 		if !ok1 || !ok2 || major < 0 || minor < 0 || major > 1<<32-1 || minor > 1<<32-1 {
-			return nil, t.damaged("a device number that is none in a header")
+			return t.damaged("a device number that is none in a header")
 		}
 		h.Major, h.Minor = uint32(major), uint32(minor)
-		if prefix := cString(b[345:500]); prefix != "" {
-			h.Name = prefix + "/" + h.Name
-		}
 	}
-	return h, nil
+	if h.Type == 'x' || h.Type == 'g' {
+		return nil
+	}
+	h.Name, h.Link = cString(b[0:100]), cString(b[157:257])
+	if ustar && b[345] != 0 {
+		h.Name = cString(b[345:500]) + "/" + h.Name
+	}
+	return nil
 }
 
-// parsePax reads records of the form "length key=value\n".
-func (t *Reader) parsePax(p []byte) (map[string]string, error) {
-	rec := make(map[string]string)
+// parsePax adds records of the form "length key=value\n" to rec, whose fields become parts of p.
+func (t *Reader) parsePax(p []byte, rec *records) error {
 	for len(p) > 0 {
 		sp := bytes.IndexByte(p, ' ')
 		if sp < 1 || sp > 9 {
-			return nil, t.damaged("an extended header without a length")
+			return t.damaged("an extended header without a length")
 		}
-		n, err := strconv.ParseUint(string(p[:sp]), 10, 31)
-		if err != nil || int(n) > len(p) || int(n) < sp+3 || p[n-1] != '\n' {
-			return nil, t.damaged("an extended header with a wrong length")
+		n, ok := decimal(p[:sp])
+		if !ok || n > int64(len(p)) || int(n) < sp+3 || p[n-1] != '\n' {
+			return t.damaged("an extended header with a wrong length")
 		}
 		kv := p[sp+1 : n-1]
+		p = p[n:]
 		eq := bytes.IndexByte(kv, '=')
 		if eq < 1 {
-			return nil, t.damaged("an extended header without a key")
+			return t.damaged("an extended header without a key")
 		}
-		rec[string(kv[:eq])] = string(kv[eq+1:])
-		p = p[n:]
+		key, value := kv[:eq], kv[eq+1:]
+		field := keyFields
+		switch string(key) {
+		case "path":
+			field = keyPath
+		case "linkpath":
+			field = keyLinkpath
+		case "size":
+			field = keySize
+		case "uid":
+			field = keyUID
+		case "gid":
+			field = keyGID
+		case "mtime":
+			field = keyMtime
+		}
+		if field < keyFields {
+			rec.fields[field] = value
+			continue
+		}
+		if rec.rest == nil {
+			rec.rest = make(map[string]string)
+		}
+		rec.rest[t.key(key)] = string(value)
 	}
-	return rec, nil
+	return nil
+}
+
+// keyLimit bounds how many keys are remembered; an archive has the same few again and again.
+const keyLimit = 256
+
+// key returns the string of a key, the same for each time that it comes.
+func (t *Reader) key(k []byte) string {
+	if s, ok := t.keys[string(k)]; ok {
+		return s
+	}
+	s := string(k)
+	if len(t.keys) < keyLimit && len(s) <= 256 {
+		if t.keys == nil {
+			t.keys = make(map[string]string)
+		}
+		t.keys[s] = s
+	}
+	return s
 }
 
 // merge puts the pax records, the entry's own before the global ones, in the place of the fields.
-func (t *Reader) merge(h *Header, local map[string]string) error {
-	h.Records = local
-	if len(t.global) > 0 {
-		h.Records = make(map[string]string, len(t.global)+len(local))
-		for k, v := range t.global {
-			h.Records[k] = v
-		}
-		for k, v := range local {
-			h.Records[k] = v
+func (t *Reader) merge(h *Header, local *records) error {
+	if local != nil {
+		h.Records = local.rest
+	}
+	if g := t.global; g != nil && len(g.rest) > 0 {
+		h.Records = make(map[string]string, len(g.rest)+len(h.Records))
+		maps.Copy(h.Records, g.rest)
+		if local != nil {
+			maps.Copy(h.Records, local.rest)
 		}
 	}
-	for k, v := range h.Records {
-		if v == "" { // the standard's way to take a global value back
+	for k := range keyFields {
+		var v []byte
+		if local != nil {
+			v = local.fields[k]
+		}
+		if v == nil && t.global != nil {
+			v = t.global.fields[k]
+		}
+		if len(v) == 0 { // empty: the standard's way to take a global value back
 			continue
 		}
-		var err error
+		ok := true
 		switch k {
-		case "path":
-			h.Name = v
-		case "linkpath":
-			h.Link = v
-		case "size":
-			var n uint64
-			n, err = strconv.ParseUint(v, 10, 63)
-			h.Size = int64(n)
-		case "uid", "gid":
-			var n uint64
-			n, err = strconv.ParseUint(v, 10, 32)
-			if k == "uid" {
-				h.UID = uint32(n)
-			} else {
-				h.GID = uint32(n)
-			}
-		case "mtime":
+		case keyPath:
+			h.Name = string(v)
+		case keyLinkpath:
+			h.Link = string(v)
+		case keySize:
+			h.Size, ok = decimal(v)
+		case keyUID:
+			h.UID, ok = id(v)
+		case keyGID:
+			h.GID, ok = id(v)
+		case keyMtime:
+			var err error
 			h.Sec, h.Nsec, err = parsePaxTime(v)
+			ok = err == nil
 		}
-		if err != nil {
-			return t.damaged("record %s=%q", k, v)
+		if !ok {
+			return t.damaged("record %s=%q", fieldNames[k], v)
 		}
 	}
 	return nil
 }
 
-// parsePaxTime reads a decimal number of seconds. Digits beyond the ninth are cut off.
-func parsePaxTime(s string) (sec, nsec int64, err error) {
-	whole, frac, _ := strings.Cut(s, ".")
-	if sec, err = strconv.ParseInt(whole, 10, 64); err != nil {
-		return 0, 0, err
+// decimal reads digits, of which there must be some, and not more than 63 bits can hold.
+func decimal(b []byte) (int64, bool) {
+	var x int64
+	for _, c := range b {
+		c -= '0'
+		if c > 9 || x > (math.MaxInt64-int64(c))/10 {
+			return 0, false
+		}
+		x = 10*x + int64(c)
 	}
-	if frac == "" {
+	return x, len(b) > 0
+}
+
+func id(b []byte) (uint32, bool) {
+	x, ok := decimal(b)
+	return uint32(x), ok && x <= math.MaxUint32
+}
+
+// parsePaxTime reads a decimal number of seconds. Digits beyond the ninth are cut off.
+func parsePaxTime(b []byte) (sec, nsec int64, err error) {
+	whole, frac, _ := bytes.Cut(b, []byte{'.'})
+	var ok bool
+	if sec, ok = decimal(whole); !ok {
+		if sec, err = strconv.ParseInt(string(whole), 10, 64); err != nil {
+			return 0, 0, err
+		}
+	}
+	for i, c := range frac {
+		if c -= '0'; c > 9 {
+			return 0, 0, strconv.ErrSyntax
+		} else if i < 9 {
+			nsec = 10*nsec + int64(c)
+		}
+	}
+	if len(frac) == 0 {
 		return sec, 0, nil
 	}
-	if strings.Trim(frac, "0123456789") != "" {
-		return 0, 0, strconv.ErrSyntax
+	for range 9 - len(frac) {
+		nsec *= 10
 	}
-	if nsec, err = strconv.ParseInt((frac + "000000000")[:9], 10, 64); err != nil {
-		return 0, 0, err
-	}
-	if strings.HasPrefix(whole, "-") && nsec > 0 {
+	if whole[0] == '-' && nsec > 0 {
 		sec, nsec = sec-1, 1e9-nsec
 	}
 	return sec, nsec, nil
@@ -326,6 +450,20 @@ func parsePaxTime(s string) (sec, nsec int64, err error) {
 
 // number reads octal digits, or the base 256 form that starts with a set high bit.
 func number(b []byte) (int64, bool) {
+	// Nearly all are digits up to a zero or to the end.
+	var oct int64
+	for i, c := range b {
+		if c -= '0'; c > 7 {
+			if c+'0' == 0 {
+				return oct, true
+			}
+			break
+		}
+		oct = oct<<3 | int64(c)
+		if i == len(b)-1 {
+			return oct, true
+		}
+	}
 	if b[0]&0x80 != 0 {
 		neg := byte(0)
 		if b[0]&0x40 != 0 {

@@ -175,7 +175,7 @@ func TestReaderRefusesDamage(t *testing.T) {
 
 func TestParseTime(t *testing.T) {
 	for in, want := range map[string][2]int64{"0": {}, "5.5": {5, 5e8}, "-0.5": {-1, 5e8}, "-1": {-1, 0}, "1.1234567899": {1, 123456789}, "-3.000000001": {-4, 999999999}} {
-		s, n, err := pax.ParseTime(in)
+		s, n, err := pax.ParseTime([]byte(in))
 		if err != nil || s != want[0] || n != want[1] {
 			t.Errorf("%s: %d %d %v", in, s, n, err)
 		}
@@ -234,4 +234,35 @@ func FuzzReader(f *testing.F) {
 			}
 		}
 	})
+}
+
+// BenchmarkReader reads headers as an archive of a store has them: a time to the nanosecond with each, and what
+// some say about their content.
+func BenchmarkReader(b *testing.B) {
+	var w paxtest.Writer
+	const entries = 1000
+	for i := range entries {
+		it := paxtest.Item{Type: '5', Name: fmt.Sprintf("spaces/ab/nodes/%02x/0f/", i), Mode: 0o700, UID: 1000, GID: 1000, Sec: 1_700_000_000, Nsec: 123456789}
+		if i%8 == 0 {
+			it.Type, it.Rec = '0', map[string]string{pax.Content: "/storage/users/spaces/a/b", pax.Size: "17000"}
+		}
+		w.Add(it)
+	}
+	p := w.End()
+	b.SetBytes(int64(len(p)))
+	b.ReportAllocs()
+	for b.Loop() {
+		r := pax.NewReader(bytes.NewReader(p))
+		n := 0
+		for ; ; n++ {
+			if _, err := r.Next(); err == io.EOF {
+				break
+			} else if err != nil {
+				b.Fatal(err)
+			}
+		}
+		if n != entries {
+			b.Fatal(n)
+		}
+	}
 }

@@ -17,11 +17,26 @@ import (
 // EntryType is what an entry of an archive stands for; false for what no archive of ours has. A further name
 // of a file (pax type '1') is a File.
 func EntryType(h *pax.Header) (NodeType, bool) {
-	if h.Type == '0' && h.Records[pax.Type] == pax.Socket {
-		return Socket, true
+	switch h.Type {
+	case '0':
+		if h.Records[pax.Type] == pax.Socket {
+			return Socket, true
+		}
+		return File, true
+	case '1':
+		return File, true
+	case '2':
+		return Symlink, true
+	case '3':
+		return CharDev, true
+	case '4':
+		return Dev, true
+	case '5':
+		return Dir, true
+	case '6':
+		return FIFO, true
 	}
-	t, ok := map[byte]NodeType{'0': File, '1': File, '2': Symlink, '3': CharDev, '4': Dev, '5': Dir, '6': FIFO}[h.Type]
-	return t, ok
+	return "", false
 }
 
 // EntryXattrs are the extended attributes of an entry, sorted, without those that Holdfast adds.
