@@ -9,7 +9,8 @@
 //
 // All programs back up the same store in the same run. Before each timed backup the whole store is
 // read once, so that the page cache holds it if memory suffices, and what was written before is
-// flushed to the disk.
+// flushed to the disk. A sparse image of a disk will not do: who writes to a place of it first has to
+// wait for it.
 package main
 
 import (
