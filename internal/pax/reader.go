@@ -23,7 +23,7 @@ type Reader struct {
 	pad    int64
 	offset int64 // of the next header, for messages
 	blk    [BlockSize]byte
-	buf    []byte // the extended header at hand
+	buf    []byte // room for the extended header of an entry
 	local  records
 	global *records          // nil: there were none
 	keys   map[string]string // those of records that came, each made once
@@ -179,7 +179,7 @@ func (t *Reader) Next() (*Header, error) {
 			if h.Size > HeaderLimit {
 				return nil, t.damaged("an extended header of %d bytes", h.Size)
 			}
-			p := t.room(int(h.Size))
+			p := t.room(int(h.Size), h.Type)
 			if err := t.full(p); err != nil {
 				return nil, err
 			}
@@ -199,7 +199,7 @@ func (t *Reader) Next() (*Header, error) {
 			if err := t.parsePax(p, t.global); err != nil {
 				return nil, err
 			}
-			for i, v := range t.global.fields {
+			for i, v := range t.global.fields { // lest a short one keep all of a long header
 				t.global.fields[i] = bytes.Clone(v)
 			}
 			continue
@@ -220,9 +220,10 @@ func (t *Reader) Next() (*Header, error) {
 // keepRoom is the longest extended header for which room is kept, in bytes.
 const keepRoom = 64 << 10
 
-// room is for an extended header of n bytes, until the next one.
-func (t *Reader) room(n int) []byte {
-	if n > keepRoom {
+// room is for an extended header of n bytes. That of an entry is kept until the next such one, so that a global one
+// that comes between it and its entry does not spoil it.
+func (t *Reader) room(n int, kind byte) []byte {
+	if kind == 'g' || n > keepRoom {
 		return make([]byte, n)
 	}
 	if n > cap(t.buf) {
@@ -448,21 +449,24 @@ func parsePaxTime(b []byte) (sec, nsec int64, err error) {
 	return sec, nsec, nil
 }
 
-// number reads octal digits, or the base 256 form that starts with a set high bit.
-func number(b []byte) (int64, bool) {
-	// Nearly all are digits up to a zero or to the end.
-	var oct int64
-	for i, c := range b {
-		if c -= '0'; c > 7 {
-			if c+'0' == 0 {
-				return oct, true
-			}
+// octal reads what nearly all numbers are: digits up to a zero or to the end.
+func octal(b []byte) (x int64, ok bool) {
+	for _, c := range b {
+		if c == 0 {
 			break
 		}
-		oct = oct<<3 | int64(c)
-		if i == len(b)-1 {
-			return oct, true
+		if c -= '0'; c > 7 {
+			return 0, false
 		}
+		x = x<<3 | int64(c)
+	}
+	return x, true
+}
+
+// number reads octal digits, also with spaces around them, or the base 256 form that starts with a set high bit.
+func number(b []byte) (int64, bool) {
+	if x, ok := octal(b); ok {
+		return x, true
 	}
 	if b[0]&0x80 != 0 {
 		neg := byte(0)

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"reflect"
 	"strings"
 	"testing"
 	"testing/iotest"
@@ -72,6 +73,57 @@ func TestReaderTakesManyAttributes(t *testing.T) {
 	w.Block('x', "pax", "", &paxtest.Item{}, pax.HeaderLimit+1)
 	if _, err := pax.NewReader(bytes.NewReader(w.End())).Next(); !errors.Is(err, pax.ErrDamaged) {
 		t.Errorf("a header above the limit: %v", err)
+	}
+}
+
+// TestReaderGlobalRecords: they count for what follows, where an entry has none of its own; an empty one takes
+// them back; and one that comes between an entry and its extended header leaves that alone.
+func TestReaderGlobalRecords(t *testing.T) {
+	var w paxtest.Writer
+	extended := func(kind byte, rec ...string) {
+		p := ""
+		for i := 0; i < len(rec); i += 2 {
+			p += paxtest.Record(rec[i], rec[i+1])
+		}
+		w.Block(kind, "pax", "", &paxtest.Item{}, len(p))
+		w.Padded([]byte(p))
+	}
+	entry := func() { w.Block('0', "f", "", &paxtest.Item{UID: 7, GID: 8, Sec: 9}, 0) }
+	extended('g', "uid", "77", "mtime", "1.5", "a", "global", "b", "global")
+	entry()
+	extended('x', "uid", "5", "gid", "6", "a", "own")
+	entry()
+	extended('x', "uid", "", "mtime", "", "path", "own", "c", "x")
+	extended('g', "gid", "88", "path", "nowhere", "comment", "longer than what came before it")
+	entry()
+	entry()
+	r := pax.NewReader(bytes.NewReader(w.End()))
+	for i, want := range []pax.Header{
+		{Name: "f", UID: 77, GID: 8, Sec: 1, Nsec: 5e8, Records: map[string]string{"a": "global", "b": "global"}},
+		{Name: "f", UID: 5, GID: 6, Sec: 1, Nsec: 5e8, Records: map[string]string{"a": "own", "b": "global"}},
+		{Name: "own", UID: 7, GID: 88, Sec: 9, Records: map[string]string{"a": "global", "b": "global", "c": "x", "comment": "longer than what came before it"}},
+		{Name: "nowhere", UID: 77, GID: 88, Sec: 1, Nsec: 5e8, Records: map[string]string{"a": "global", "b": "global", "comment": "longer than what came before it"}},
+	} {
+		want.Type = '0'
+		h, err := r.Next()
+		check(t, err)
+		if !reflect.DeepEqual(*h, want) {
+			t.Errorf("entry %d is %+v, not %+v", i, *h, want)
+		}
+	}
+}
+
+// TestReaderRefusesNumbers: fields of extended headers that are no numbers, or too large.
+func TestReaderRefusesNumbers(t *testing.T) {
+	for _, rec := range [][2]string{
+		{"uid", "4294967296"}, {"gid", "-1"}, {"gid", "1x"}, {"size", "9223372036854775808"}, {"size", "+1"}, {"size", " 1"},
+		{"mtime", "1.5x"}, {"mtime", "x"}, {"mtime", "."}, {"mtime", "9223372036854775808"},
+	} {
+		var w paxtest.Writer
+		w.Add(paxtest.Item{Type: '0', Name: "f", Rec: map[string]string{rec[0]: rec[1]}})
+		if _, err := pax.NewReader(bytes.NewReader(w.End())).Next(); !errors.Is(err, pax.ErrDamaged) || !strings.Contains(err.Error(), rec[0]) {
+			t.Errorf("%s=%s: %v", rec[0], rec[1], err)
+		}
 	}
 }
 

@@ -13,8 +13,8 @@ import (
 const patience = 5 * time.Second
 
 // Take takes the lock of an open database the way bbolt does, which tries again every 50 ms: whoever
-// looks whether a server runs has the lock for a moment, and a server that gave up at once would not
-// come up, once in some hundred starts.
+// looks whether a server runs has the lock for a moment, and a server that gave up at once would now and
+// then not come up.
 //
 // Errors: those of flock(2), EWOULDBLOCK if somebody else has it for longer than 5 s.
 func Take(db *os.File) error {
