@@ -91,8 +91,13 @@ func (a *app) check(ctx context.Context, r *repo.Repository, readData bool) erro
 		}
 		for i := range rep.Snapshots {
 			if s := &rep.Snapshots[i]; !s.Complete {
-				a.ui.Text("snapshot " + s.ID.Short() + " is incomplete:")
-				a.ui.Text(missingLines(&s.Proof)...)
+				missing := missingLines(&s.Proof)
+				end := ":"
+				if len(missing) == 0 {
+					end = ", by the errors above"
+				}
+				a.ui.Text("snapshot " + s.ID.Short() + " is incomplete" + end)
+				a.ui.Text(missing...)
 			}
 		}
 		if len(rep.Errors) == 0 && !a.ui.Quiet() {
