@@ -52,16 +52,20 @@ func load64(p unsafe.Pointer, i uint) uint64 {
 }
 
 // candidates looks at n positions from p on, and returns a bit for each that begins like the last one with the same hash. For an empty place of the
-// table that is the very first, which may be the position itself. Every fourth position is only remembered: what a match there would find, the
-// next position does, and the match is extended back.
+// table that is the very first, which may be the position itself. Of four positions the first and the third are looked at, and the second is only
+// remembered: what a match there would find, the next position does, and the match is extended back. The fourth is passed over: whatever the
+// distance, one of the positions looked at meets one that is remembered.
 func (f *finder) candidates(base unsafe.Pointer, p, n uint) (m uint64) {
 	shift := (64 - f.log) & 63
 	for i := range min(n, look) {
+		if i%4 == 3 {
+			continue
+		}
 		v := load64(base, p+i)
 		h := v << (64 - 8*minMatch) * prime >> shift & (1<<maxTable - 1)
 		c := f.table[h]
 		f.table[h] = uint32(p + i)
-		if i%4 == 3 {
+		if i%4 == 1 {
 			continue
 		}
 		f.at[i] = c

@@ -1,29 +1,27 @@
 #include "textflag.h"
 
-// One position: R12 the last one with its hash, which is remembered in at; the bit says that the bytes differ.
-#define POSITION(i) \
+// The position i of those at DI, where v is its number: R12 is the last one with its hash, which is remembered in at. The bit says that
+// the bytes are the same; the next one is 0.
+#define POSITION(i, v) \
 	MOVQ  i(DI), AX \
 	MOVQ  AX, BX \
 	IMULQ R10, AX \
 	SHRQ  CX, AX \
 	MOVL  (R8)(AX*4), R12 \
-	MOVL  DX, (R8)(AX*4) \
-	INCL  DX \
+	MOVL  v, (R8)(AX*4) \
 	XORQ  (SI)(R12*1), BX \
 	MOVL  R12, (i*4)(R9) \
 	SHLQ  $16, BX \
-	NEGQ  BX \
-	RCRQ  $1, R11
+	CMPQ  BX, $1 \
+	RCRQ  $1, R11 \
+	SHRQ  $1, R11
 
-// Every fourth position is remembered only.
-#define REMEMBER(i) \
+// The position i, which is only remembered.
+#define REMEMBER(i, v) \
 	MOVQ  i(DI), AX \
 	IMULQ R10, AX \
 	SHRQ  CX, AX \
-	MOVL  DX, (R8)(AX*4) \
-	INCL  DX \
-	STC \
-	RCRQ  $1, R11
+	MOVL  v, (R8)(AX*4)
 
 // func candidates64(base unsafe.Pointer, p uint, table *[1 << maxTable]uint32, at *[look]uint32, shift uint) uint64
 TEXT ·candidates64(SB), NOSPLIT, $0-48
@@ -37,19 +35,22 @@ TEXT ·candidates64(SB), NOSPLIT, $0-48
 	MOVQ $8, R13
 
 loop:
-	POSITION(0)
-	POSITION(1)
-	POSITION(2)
-	REMEMBER(3)
-	POSITION(4)
-	POSITION(5)
-	POSITION(6)
-	REMEMBER(7)
+	LEAL 1(DX), R14
+	LEAL 2(DX), R15
+	POSITION(0, DX)
+	REMEMBER(1, R14)
+	POSITION(2, R15)
+	LEAL 5(DX), R14
+	LEAL 6(DX), R15
+	ADDL $4, DX
+	POSITION(4, DX)
+	REMEMBER(5, R14)
+	POSITION(6, R15)
+	ADDL $4, DX
 	ADDQ $8, DI
 	ADDQ $32, R9
 	DECQ R13
 	JNE  loop
-	NOTQ R11
 	MOVQ R11, ret+40(FP)
 	RET
 
