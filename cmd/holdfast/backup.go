@@ -147,7 +147,7 @@ func (a *app) backup(ctx context.Context, f *backupFlags) error {
 			Blobs: blobs, Views: drivers, KeepViews: f.view.keep, Cold: f.cold, TargetDowntime: f.targetDowntime,
 			ExcludeIndex: f.excludeIndex, ExcludeThumbnails: f.excludeThumbnails,
 			ServerBinary: f.place.serverBinary, SaveImage: f.saveImage, Hostname: f.host, Tags: f.tags,
-			Limits: capture.Limits{Workers: a.mem.Workers, Compressors: a.mem.Compressors, Spaces: a.mem.Spaces, Ahead: a.mem.Ahead},
+			Limits: capture.Limits{Workers: a.mem.Workers, Compressors: a.mem.Compressors, Spaces: a.mem.Spaces, Ahead: a.mem.Ahead, Look: a.mem.Look},
 			DryRun: f.dryRun, FullScan: f.fullScan, Progress: a.untilThawed(sink), Version: version,
 		})
 		if res != nil && !f.dryRun {

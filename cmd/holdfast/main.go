@@ -6,6 +6,7 @@
 package main
 
 import (
+	"context"
 	"os"
 
 	"github.com/holdfast-backup/holdfast/internal/cpus"
@@ -19,7 +20,7 @@ func main() {
 	// A second copy of this program that holds the promise to start the instance never returns.
 	freeze.MaybeGuard()
 	drill.MaybeJail() // the first process around the server of a drill
-	cpus.Oversubscribe()
+	cpus.Oversubscribe(context.Background())
 	os.Exit(run())
 }
 

@@ -208,6 +208,13 @@ func (c *Cache) space(key string) *cachedSpace {
 	return s
 }
 
+// sizeOf returns how many bytes of the cache are about the space, at least 1.
+func (c *Cache) sizeOf(key string) int64 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return max(c.spaces[key].len, 1)
+}
+
 // putSpace keeps s. What cannot be written is kept in memory, and so is what comes after it.
 func (c *Cache) putSpace(key string, s *cachedSpace) {
 	at, err := c.place(s)

@@ -22,6 +22,7 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sync/semaphore"
 
 	"github.com/holdfast-backup/holdfast/internal/cpus"
 	"github.com/holdfast-backup/holdfast/internal/ocis"
@@ -79,6 +80,8 @@ type Limits struct {
 	Spaces int
 	// Ahead is how many entries of a tree are listed before they are wanted, about 300 bytes each; 0: 65,536.
 	Ahead int
+	// Look is how many bytes of the cache, some 70 for each entry of a space, may be compared with spaces at once; 0: 32 MiB.
+	Look int64
 }
 
 func (l *Limits) setDefaults() {
@@ -93,6 +96,9 @@ func (l *Limits) setDefaults() {
 	}
 	if l.Ahead <= 0 {
 		l.Ahead = 64 << 10
+	}
+	if l.Look <= 0 {
+		l.Look = 32 << 20
 	}
 }
 
@@ -149,6 +155,8 @@ type capturer struct {
 	target Target
 	saver  *saver
 	slots  chan struct{}
+	// looking bounds what is compared with spaces, in bytes of the cache, and reading how many spaces are read.
+	looking, reading *semaphore.Weighted
 
 	part    Part // that is being read, View is set
 	viewed  bool
@@ -196,8 +204,9 @@ func New(r Repository, t Target, o Options) *Capture {
 	}
 	c := &capturer{
 		opts: o, repo: r, target: t,
-		slots: make(chan struct{}, o.Limits.Workers),
-		root:  newFolder(), sets: map[int]snapshot.DataSet{}, found: map[int]snapshot.Store{}, buckets: map[int]snapshot.DataSet{},
+		slots:   make(chan struct{}, o.Limits.Workers),
+		looking: semaphore.NewWeighted(o.Limits.Look), reading: semaphore.NewWeighted(int64(o.Limits.Spaces)),
+		root: newFolder(), sets: map[int]snapshot.DataSet{}, found: map[int]snapshot.Store{}, buckets: map[int]snapshot.DataSet{},
 		next: newCache(),
 	}
 	c.next.out = o.Cache.out
@@ -633,6 +642,14 @@ func (c *capturer) errgroup(ctx context.Context, limit int) (*errgroup.Group, co
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(limit)
 	return g, gctx
+}
+
+// beginReading waits until another space may be read, beside those that are. done must be called.
+func (c *capturer) beginReading(ctx context.Context) (done func(), err error) {
+	if err := c.reading.Acquire(ctx, 1); err != nil {
+		return nil, context.Cause(ctx)
+	}
+	return func() { c.reading.Release(1) }, nil
 }
 
 // inSnapshot joins the parts of a path in the snapshot.

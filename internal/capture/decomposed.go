@@ -221,13 +221,20 @@ func (d *decomposed) capture(ctx context.Context, short bool) (_ *snapshotPart, 
 					return part, nil
 				}
 			}
-			sc.record.like(sc.old)
-			gr.over = d.passageOfNodes(sc.only)
-			sc.pass = gr.passer(n.meta)
 		}
 	}
+	done, err := s.c.beginReading(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
+	if sc.only != nil {
+		sc.record.like(sc.old)
+		gr.over = d.passageOfNodes(sc.only)
+		sc.pass = gr.passer(n.meta)
+	}
 	nodesSeen := sc.record
-	err := sc.walk(ctx, sp.rel, func(e *entry) error {
+	err = sc.walk(ctx, sp.rel, func(e *entry) error {
 		if !after && comparePaths(e.path, blobsDir) > 0 {
 			gr.cut() // no group reaches over the place where the blobs come
 			after = true

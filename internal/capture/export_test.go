@@ -1,6 +1,7 @@
 package capture
 
 import (
+	"context"
 	"fmt"
 	"sort"
 	"strings"
@@ -10,6 +11,13 @@ import (
 func AfterLook(fn func()) (restore func()) {
 	afterLook = fn
 	return func() { afterLook = nil }
+}
+
+// HoldReading takes all places of spaces that are read, until release is called.
+func HoldReading(c *Capture) (release func()) {
+	n := int64(c.c.opts.Limits.Spaces)
+	_ = c.c.reading.Acquire(context.Background(), n)
+	return func() { c.c.reading.Release(n) }
 }
 
 // Remembered tells line by line what the cache says of each space of decomposedfs: listings, groups and counts. Whether an entry was found to have no

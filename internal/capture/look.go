@@ -12,7 +12,6 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
-	"github.com/holdfast-backup/holdfast/internal/cpus"
 	"github.com/holdfast-backup/holdfast/internal/ocis"
 )
 
@@ -70,7 +69,7 @@ func (s *store) look(ctx context.Context, rel string, l *listing, seen timespec,
 	}
 	// A large space is shared out by what lies in the directories of its top.
 	g, gctx := errgroup.WithContext(ctx)
-	g.SetLimit(cpus.Count())
+	g.SetLimit(looks)
 	parts := k.split(gctx, g, young)
 	if err := g.Wait(); err != nil {
 		return nil, err

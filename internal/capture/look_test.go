@@ -7,12 +7,14 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/holdfast-backup/holdfast/internal/capture"
 	"github.com/holdfast-backup/holdfast/internal/ocis"
 	"github.com/holdfast-backup/holdfast/internal/storegen"
+	"github.com/holdfast-backup/holdfast/internal/testfixture"
 )
 
 // replaceMeta writes metadata as the server does: beside it, and then by a rename.
@@ -463,6 +465,70 @@ func TestChangedAfterTheLook(t *testing.T) {
 			t.Errorf("change %d: the tree of the next run is not that of a full capture", i)
 		}
 		last = next
+	}
+}
+
+// TestSpacesAreLookedAtTogether: more spaces are looked at than are read at once, and no more than their part of the memory allows.
+func TestSpacesAreLookedAtTogether(t *testing.T) {
+	dir, inst := generated(t, storegen.Options{Seed: 11, Files: 400, Bytes: 1 << 18, Spaces: 8})
+	r, _ := newRepo(t)
+	last, _, _ := run(t, r, inst, capture.Options{Now: future})
+	if _, err := storegen.Mutate(t.Context(), dir, 1, 0.2); err != nil {
+		t.Fatal(err)
+	}
+	// together runs a capture while none may be read, and returns how many looks were under way or done then.
+	together := func(look int64, want int64) int64 {
+		var looks atomic.Int64
+		defer capture.AfterLook(func() { looks.Add(1) })()
+		c := capture.New(r, r.NewWriter(t.Context()), capture.Options{
+			Instance: inst, Now: future, Cache: reload(t, last.Cache), Limits: capture.Limits{Spaces: 1, Look: look},
+		})
+		release := capture.HoldReading(c)
+		done := make(chan error, 1)
+		go func() {
+			done <- c.Read(t.Context(), capture.Part{Has: func(root string) bool { return root == inst.Stores[0].Root }})
+		}()
+		for begin := time.Now(); looks.Load() < want && time.Since(begin) < 10*time.Second; {
+			time.Sleep(time.Millisecond)
+		}
+		time.Sleep(50 * time.Millisecond) // for those that should not be
+		n := looks.Load()
+		select {
+		case err := <-done:
+			t.Errorf("read although it had to wait: %v", err)
+			done <- err
+		default:
+		}
+		release()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		return n
+	}
+	if n := together(0, 8); n < 8 {
+		t.Errorf("%d spaces were looked at while none could be read, want 8", n)
+	}
+	if n := together(1, 1); n != 1 {
+		t.Errorf("%d spaces were looked at at once, where one fills the memory for that", n)
+	}
+}
+
+// TestPosixSpacesWait: spaces of the posix driver are read no more at once than is allowed.
+func TestPosixSpacesWait(t *testing.T) {
+	inst := instanceOf(testfixture.Unpack(t, "opencloud-posixfs"), "opencloud-posixfs")
+	r, _ := newRepo(t)
+	c := capture.New(r, r.NewWriter(t.Context()), capture.Options{Instance: inst, Now: future})
+	release := capture.HoldReading(c)
+	done := make(chan error, 1)
+	go func() { done <- c.Read(t.Context(), capture.Part{}) }()
+	select {
+	case err := <-done:
+		t.Fatalf("read although it had to wait: %v", err)
+	case <-time.After(300 * time.Millisecond):
+	}
+	release()
+	if err := <-done; err != nil {
+		t.Error(err)
 	}
 }
 

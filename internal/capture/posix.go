@@ -126,6 +126,11 @@ func (s *store) posixSpace(ctx context.Context, sp *space) (*snapshotPart, error
 	if part := s.untouched(sp, p.old); part != nil {
 		return part, nil
 	}
+	done, err := s.c.beginReading(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
 	defer func() { s.count(p.n) }()
 	if len(p.old.groups) > 0 {
 		p.known = map[string]*blobRec{}
@@ -159,7 +164,7 @@ func (s *store) posixSpace(ctx context.Context, sp *space) (*snapshotPart, error
 	lateDirs := []string{joinRel(sp.rel, posixNodes), joinRel(sp.rel, posixTrash+"/files")}
 	sort.Slice(lateDirs, func(i, j int) bool { return comparePaths(lateDirs[i], lateDirs[j]) < 0 })
 	passed := 0
-	err := sc.walk(ctx, sp.rel, func(e *entry) error {
+	err = sc.walk(ctx, sp.rel, func(e *entry) error {
 		for passed < len(lateDirs) && comparePaths(e.path, lateDirs[passed]) > 0 {
 			gr.cut()
 			passed++

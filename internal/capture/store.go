@@ -108,6 +108,10 @@ func (s *store) askChanges(ctx context.Context) fschange.Mark {
 	return now
 }
 
+// looks is how many spaces, or parts of a large one, are compared with the cache at once. With cold caches each waits for the disk with every
+// directory; a disk is fast only if it has many requests at a time.
+const looks = 12
+
 // run captures the store and returns its folder.
 func (s *store) run(ctx context.Context, m *snapshot.Store) (*folder, error) {
 	var err error
@@ -130,9 +134,14 @@ func (s *store) run(ctx context.Context, m *snapshot.Store) (*folder, error) {
 		return nil, err
 	}
 	out.put(tarNode("store.tar", tar), "")
-	g, gctx := s.c.errgroup(ctx, s.c.opts.Limits.Spaces)
+	g, gctx := s.c.errgroup(ctx, max(s.c.opts.Limits.Spaces, looks))
 	for _, sp := range s.spaces {
 		g.Go(func() error {
+			size := min(s.c.opts.Cache.sizeOf(s.cacheKey(sp.id)), s.c.opts.Limits.Look)
+			if err := s.c.looking.Acquire(gctx, size); err != nil {
+				return context.Cause(gctx)
+			}
+			defer s.c.looking.Release(size)
 			var part *snapshotPart
 			var err error
 			if s.s.Layout == ocis.Posix {

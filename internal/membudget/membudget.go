@@ -41,6 +41,8 @@ type Budget struct {
 	Workers, Spaces int
 	// Ahead is how many entries of one directory tree are listed before they are wanted.
 	Ahead int
+	// Look is how much of what the last backup remembered may be compared with the spaces at once.
+	Look int64
 	// Readers is how many pieces of packs are read at once, and Windows how many lists of contents a restore works on.
 	Readers, Windows int
 	// Batch is for the files of a restore whose contents are looked up together; two are under way. A check may remember as much
@@ -108,6 +110,7 @@ func New(size int64, procs int, packSize int64) (Budget, error) {
 	b.Spaces = part(30, 50*mib, 1, 3)
 	// An entry takes about 300 bytes.
 	b.Ahead = part(10, 300*int64(b.Spaces), 1024, 64<<10)
+	b.Look = int64(part(5, 1, mib, 32*mib))
 	b.Windows = part(100, 150*mib, 1, 2)
 	// Enough to hide the latency of a server. Each holds 4 MiB of a pack, and a blob of up to 4 MiB.
 	b.Readers = part(40, 8*mib*int64(b.Windows), 1, min(max(procs, 4), 16))

@@ -124,7 +124,7 @@ func TestBudgetFits(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			capture := int64(b.PackBuffers)*b.PackSize + int64(b.Compressors)*10*mib + int64(b.Workers)*9*mib + int64(b.Ahead*b.Spaces)*300
+			capture := int64(b.PackBuffers)*b.PackSize + int64(b.Compressors)*10*mib + int64(b.Workers)*9*mib + int64(b.Ahead*b.Spaces)*300 + b.Look
 			restore := int64(b.Windows*b.Readers)*8*mib + 2*int64(b.Batch) + int64(b.Workers)*mib
 			if size > Least && max(capture, restore) > size-base {
 				t.Errorf("%d MiB, %d processors: a capture takes %d MiB and a restore %d of %d: %+v", size/mib, procs, capture/mib, restore/mib, (size-base)/mib, b)
