@@ -269,11 +269,21 @@ func latest(t *testing.T, r *repo.Repository) *snapshot.Snapshot {
 
 func (g *rig) mustRestore(dst string, o restore.Options) *restore.Result {
 	g.t.Helper()
+	o.Progress = noMoreThanSaid(g.t)
 	res, err := restoreTo(g.t, g.dir, dst, o)
 	if err != nil {
 		g.t.Fatal(err)
 	}
 	return res
+}
+
+// noMoreThanSaid fails the test if a restore says it did more than it said it would.
+func noMoreThanSaid(t *testing.T) progress.Sink {
+	return func(e progress.Event) {
+		if e.Kind == progress.Finish && (e.Done > e.Total || e.Bytes > e.TotalBytes || e.Total == 0) {
+			t.Errorf("%d of %d entries, %d of %d bytes", e.Done, e.Total, e.Bytes, e.TotalBytes)
+		}
+	}
 }
 
 func users(o *restore.Objects) map[string]*restore.Objects {
@@ -445,7 +455,7 @@ func TestObjectsBecomeFilesAndBack(t *testing.T) {
 	expected(t, dir, g.source, nil)
 
 	back, name := filepath.Join(t.TempDir(), "back"), g.srv.Bucket(t, false, false)
-	if _, err := restoreTo(t, dir, back, restore.Options{Objects: users(&restore.Objects{Dest: g.open(name)})}); err != nil {
+	if _, err := restoreTo(t, dir, back, restore.Options{Progress: noMoreThanSaid(t), Objects: users(&restore.Objects{Dest: g.open(name)})}); err != nil {
 		t.Fatal(err)
 	}
 	g.sameFiles(back)

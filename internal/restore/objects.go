@@ -287,6 +287,7 @@ func (so *spaceObjects) take(a *applier, h *pax.Header, e *entry) (bool, error) 
 	}
 	switch {
 	case e.typ == snapshot.Dir:
+		s.r.entries.Add(1)
 		return true, nil // a bucket has no folders
 	case e.hardlink != "", e.typ != snapshot.File, key == "" && e.content == "" && e.size > 0:
 		return true, a.d.fail(e.from, e.rel, fmt.Errorf("a %s cannot become an object", e.typ))
@@ -343,6 +344,7 @@ func (so *spaceObjects) toFile(a *applier, h *pax.Header, e *entry, key, below s
 		if !within(so.lastDir, at) {
 			f := &entry{rel: at, from: e.from, typ: snapshot.Dir, meta: e.meta}
 			f.meta.mode, f.meta.xattrs = 0o700, nil
+			s.r.entries.Add(-1) // put counts it, but the snapshot has no such folder
 			if err := a.put(f); err != nil {
 				return true, err
 			}

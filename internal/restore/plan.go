@@ -111,6 +111,8 @@ type Target struct {
 	node  *snapshot.Node // of plain data
 	tars  []tarFile      // of a store
 	view  *viewTarget    // of a view
+	// objects are the blobs of a store that become objects of a bucket, or nil. They need no room on the disk.
+	objects *snapshot.DataSet
 	// path is To with the symbolic links of the administrator resolved. outer is the target whose
 	// root encloses it, or nil.
 	path  string
@@ -237,10 +239,13 @@ func (p *Plan) choose(ctx context.Context) error {
 		if !selected {
 			continue
 		}
+		var objects *snapshot.DataSet
 		if o := p.o.Objects[d.Store]; o != nil && o.Dest != nil && d.Kind == "blobs" && d.Store != "" {
-			if stores[d.Store] != nil {
+			if t := stores[d.Store]; t != nil {
+				t.objects = d
 				continue
 			}
+			objects = d
 			d = &snapshot.DataSet{Name: d.Name, Kind: d.Kind, Path: d.Path, Store: d.Store} // no room on disk is needed
 		}
 		if t := stores[d.Store]; d.Store != "" && t != nil {
@@ -248,7 +253,7 @@ func (p *Plan) choose(ctx context.Context) error {
 			t.Bytes += d.Bytes
 			continue
 		}
-		t := &Target{DataSet: d.Name, From: from, To: to, Entries: d.Entries, Bytes: d.Bytes, tree: d.Tree}
+		t := &Target{DataSet: d.Name, From: from, To: to, Entries: d.Entries, Bytes: d.Bytes, tree: d.Tree, objects: objects}
 		if d.Store != "" {
 			stores[d.Store], t.store = t, d.Store
 			if err := p.findTars(ctx, t, d.Store); err != nil {

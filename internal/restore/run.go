@@ -315,6 +315,10 @@ func (p *Plan) run(ctx context.Context, sizeOnly bool) (res *Result, err error) 
 	for _, t := range p.Targets {
 		entries += t.Entries
 		bytes += t.Bytes
+		if t.objects != nil {
+			entries += t.objects.Entries
+			bytes += t.objects.Bytes
+		}
 	}
 	stop := r.report(entries, bytes)
 	defer stop()
