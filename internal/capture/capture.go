@@ -80,7 +80,8 @@ type Limits struct {
 	Spaces int
 	// Ahead is how many entries of a tree are listed before they are wanted, about 300 bytes each; 0: 65,536.
 	Ahead int
-	// Look is how many bytes of the cache, some 70 for each entry of a space, may be compared with spaces at once; 0: 32 MiB.
+	// Look is how many bytes of the cache, some 70 for each entry of a space, may be compared with spaces at once, where those are more than
+	// may be read at once; 0: 32 MiB.
 	Look int64
 }
 

@@ -477,11 +477,11 @@ func TestSpacesAreLookedAtTogether(t *testing.T) {
 		t.Fatal(err)
 	}
 	// together runs a capture while none may be read, and returns how many looks were under way or done then.
-	together := func(look int64, want int64) int64 {
+	together := func(spaces int, look, want int64) int64 {
 		var looks atomic.Int64
 		defer capture.AfterLook(func() { looks.Add(1) })()
 		c := capture.New(r, r.NewWriter(t.Context()), capture.Options{
-			Instance: inst, Now: future, Cache: reload(t, last.Cache), Limits: capture.Limits{Spaces: 1, Look: look},
+			Instance: inst, Now: future, Cache: reload(t, last.Cache), Limits: capture.Limits{Spaces: spaces, Look: look},
 		})
 		release := capture.HoldReading(c)
 		done := make(chan error, 1)
@@ -505,11 +505,14 @@ func TestSpacesAreLookedAtTogether(t *testing.T) {
 		}
 		return n
 	}
-	if n := together(0, 8); n < 8 {
+	if n := together(1, 0, 8); n < 8 {
 		t.Errorf("%d spaces were looked at while none could be read, want 8", n)
 	}
-	if n := together(1, 1); n != 1 {
+	if n := together(1, 1, 1); n != 1 {
 		t.Errorf("%d spaces were looked at at once, where one fills the memory for that", n)
+	}
+	if n := together(3, 3, 3); n != 3 {
+		t.Errorf("%d large spaces were looked at at once, want as many as may be read", n)
 	}
 }
 

@@ -137,7 +137,8 @@ func (s *store) run(ctx context.Context, m *snapshot.Store) (*folder, error) {
 	g, gctx := s.c.errgroup(ctx, max(s.c.opts.Limits.Spaces, looks))
 	for _, sp := range s.spaces {
 		g.Go(func() error {
-			size := min(s.c.opts.Cache.sizeOf(s.cacheKey(sp.id)), s.c.opts.Limits.Look)
+			// As many as are read at once always fit, however large: those places have memory for it.
+			size := min(s.c.opts.Cache.sizeOf(s.cacheKey(sp.id)), max(s.c.opts.Limits.Look/int64(s.c.opts.Limits.Spaces), 1))
 			if err := s.c.looking.Acquire(gctx, size); err != nil {
 				return context.Cause(gctx)
 			}
