@@ -201,6 +201,13 @@ func (b *bench) due(step string, t *tool) bool {
 	return b.wanted[step] && len(costs) < b.o.runs && !slices.ContainsFunc(costs, func(c measure.Cost) bool { return c.Wall > long })
 }
 
+// inTurn returns the programs in the order of a round: each is the first as often as the others. What ran before leaves the disk busy for a
+// while, also after a sync.
+func (b *bench) inTurn(round int) []*tool {
+	first := round % len(b.tools)
+	return slices.Concat(b.tools[first:], b.tools[:first])
+}
+
 // ofStore are the steps that read the store.
 var ofStore = []string{stepFirst, stepUnchanged, stepChanged}
 
@@ -297,10 +304,10 @@ func (b *bench) prepare() error {
 
 func (b *bench) measure() error {
 	for i := range b.o.runs {
-		if err := b.limits(i); err != nil {
+		if err := b.limits(); err != nil {
 			return err
 		}
-		for _, t := range b.tools {
+		for _, t := range b.inTurn(i) {
 			// A first backup begins a new repository; the rest of the runs would only be of the unchanged store.
 			if b.due(stepFirst, t) {
 				if err := errors.Join(t.remove(), t.init()); err != nil {
@@ -318,7 +325,7 @@ func (b *bench) measure() error {
 		}
 	}
 	behind := map[*tool]bool{}
-	for range b.o.runs {
+	for i := range b.o.runs {
 		if !slices.ContainsFunc(b.tools, func(t *tool) bool { return b.due(stepChanged, t) }) {
 			break
 		}
@@ -328,7 +335,7 @@ func (b *bench) measure() error {
 		}
 		b.mutations++
 		fmt.Fprintf(b.log, "changed %d files: %+v\n", c.Total(), *c)
-		for _, t := range b.tools {
+		for _, t := range b.inTurn(i) {
 			if behind[t] = !b.due(stepChanged, t); behind[t] {
 				continue
 			}
@@ -345,8 +352,8 @@ func (b *bench) measure() error {
 			}
 		}
 	}
-	for range b.o.runs {
-		for _, t := range b.tools {
+	for i := range b.o.runs {
+		for _, t := range b.inTurn(i) {
 			if !b.due(stepRestore, t) {
 				continue
 			}

@@ -40,8 +40,8 @@ func (b *bench) parts() error {
 	if err != nil {
 		return err
 	}
-	for range b.o.runs {
-		for _, t := range b.tools {
+	for i := range b.o.runs {
+		for _, t := range b.inTurn(i) {
 			if b.due(stepSpace, t) {
 				if err := b.afresh(t); err != nil {
 					return err

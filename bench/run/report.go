@@ -30,7 +30,7 @@ func (b *bench) report() string {
 		m.cpu, runtime.NumCPU(), measure.Size(m.memory), m.filesystem, m.kernel, runtime.Version())
 	fmt.Fprintf(&w, "The store: %s user files in %d spaces with %s folders, %s revisions, %s files in the trash, %s blobs.\n", thousands(int64(s.Files)), s.Spaces,
 		thousands(int64(s.Folders)), thousands(int64(s.Revisions)), thousands(int64(s.Trashed)), thousands(int64(s.Blobs)))
-	fmt.Fprintf(&w, "All programs worked on the same store in the same run, in turn; page cache warm (the whole store is read once before each backup; dropped, with the programs' own caches, before the steps that are called cold), written data flushed before each step. Of one space Holdfast restores what users see, the others the directory of the storage; the file is the same. Median of %s, lowest and highest in brackets; what took more than 5 minutes ran once.\n\n", runsText(b.o.runs))
+	fmt.Fprintf(&w, "All programs worked on the same store in the same run, in turn, another one first in each round; page cache warm (the whole store is read once before each backup; dropped, with the programs' own caches, before the steps that are called cold), written data flushed before each step. Of one space Holdfast restores what users see, the others the directory of the storage; the file is the same. Median of %s, lowest and highest in brackets; what took more than 5 minutes ran once.\n\n", runsText(b.o.runs))
 	w.WriteString("| step | program | wall s | user + system CPU s | peak memory | wall against restic | CPU against restic |\n|---|---|---:|---:|---:|---:|---:|\n")
 	for _, step := range steps {
 		base := b.costs[step]["restic"]

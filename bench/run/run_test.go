@@ -114,6 +114,20 @@ func TestSteps(t *testing.T) {
 }
 
 // TestRemote runs all of -remote on small stores and a quick link.
+// Each program is the first as often as the others.
+func TestInTurn(t *testing.T) {
+	b := bench{tools: []*tool{{name: "a"}, {name: "b"}, {name: "c"}}}
+	for round, want := range []string{"abc", "bca", "cab", "abc"} {
+		var got string
+		for _, t := range b.inTurn(round) {
+			got += t.name
+		}
+		if got != want {
+			t.Errorf("round %d: %s, want %s", round, got, want)
+		}
+	}
+}
+
 func TestRemote(t *testing.T) {
 	scratch := t.TempDir()
 	holdfast := filepath.Join(scratch, "holdfast")
