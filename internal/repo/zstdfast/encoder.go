@@ -8,8 +8,6 @@ import (
 	"encoding/binary"
 	"math/bits"
 	"unsafe"
-
-	"github.com/klauspost/compress/huff0"
 )
 
 const (
@@ -39,7 +37,7 @@ type Encoder struct {
 	finder    finder
 	sequences []sequence
 	counts    [3][maxSymbols]uint32 // how often each code is in sequences: of literals, offsets and matches
-	huff      huff0.Scratch
+	huff      huffman
 	tables    [3]table
 }
 
@@ -51,8 +49,8 @@ func (e *Encoder) Append(dst, src []byte) []byte {
 	dst = append(dst, 2<<6, (windowLog-10)<<3)
 	dst = binary.LittleEndian.AppendUint32(dst, uint32(len(src)))
 	e.finder.reset(logOf(src))
-	e.huff.Reuse = huff0.ReusePolicyNone // what the last frame had
-	recent := uint32(1)                  // as the format begins
+	e.huff.forget()     // what the last frame had
+	recent := uint32(1) // as the format begins
 	for start := 0; ; start += blockBytes {
 		end := min(start+blockBytes, len(src))
 		last := uint32(0)
@@ -63,11 +61,11 @@ func (e *Encoder) Append(dst, src []byte) []byte {
 		dst = append(dst, 0, 0, 0)
 		kind, before := uint32(blockCompressed), recent
 		recent = e.finder.find(src, start, end, recent)
-		dst = e.appendSequences(e.appendLiterals(dst, e.finder.literals), e.finder.sequences)
+		dst = e.appendSequences(e.huff.append(dst, e.finder.literals), e.finder.sequences)
 		if len(dst)-header-3 >= end-start {
 			// The reader does not see what the compressed block would have left behind.
 			recent = before
-			e.huff.Reuse = huff0.ReusePolicyNone
+			e.huff.forget()
 			kind = blockRaw
 			dst = append(dst[:header+3], src[start:end]...)
 		}
@@ -97,52 +95,9 @@ func (e *Encoder) Repeats(src []byte) int {
 	return max(0, saved)
 }
 
-// appendLiterals appends the literals of a block, which may be no smaller then.
-func (e *Encoder) appendLiterals(dst, lits []byte) []byte {
+// appendPlain appends literals that are not compressed, or, of such that are all the same, the first.
+func appendPlain(dst, lits []byte, kind uint64) []byte {
 	n := uint64(len(lits))
-	if n < 32 {
-		return appendPlain(dst, lits, literalsRaw, n)
-	}
-	var (
-		out    []byte
-		reused bool
-		err    error
-		four   = n >= 1024
-	)
-	if four {
-		out, reused, err = huff0.Compress4X(lits, &e.huff)
-	} else {
-		out, reused, err = huff0.Compress1X(lits, &e.huff)
-	}
-	switch err {
-	case nil:
-	case huff0.ErrUseRLE:
-		return appendPlain(dst, lits[:1], literalsRLE, n)
-	default: // it cannot be compressed
-		e.huff.Reuse = huff0.ReusePolicyNone
-		return appendPlain(dst, lits, literalsRaw, n)
-	}
-	e.huff.Reuse = huff0.ReusePolicyAllow
-	head, size := uint64(literalsCompressed), uint64(len(out))
-	if reused {
-		head = literalsReused
-	}
-	switch {
-	case !four:
-		head |= n<<4 | size<<14
-		dst = append(dst, byte(head), byte(head>>8), byte(head>>16))
-	case n < 1<<14 && size < 1<<14:
-		head |= 2<<2 | n<<4 | size<<18
-		dst = append(dst, byte(head), byte(head>>8), byte(head>>16), byte(head>>24))
-	default:
-		head |= 3<<2 | n<<4 | size<<22
-		dst = append(dst, byte(head), byte(head>>8), byte(head>>16), byte(head>>24), byte(head>>32))
-	}
-	return append(dst, out...)
-}
-
-// appendPlain appends literals that are not compressed: n of them, or one that is repeated n times.
-func appendPlain(dst, lits []byte, kind, n uint64) []byte {
 	switch {
 	case n < 32:
 		dst = append(dst, byte(kind|n<<3))
@@ -152,6 +107,9 @@ func appendPlain(dst, lits []byte, kind, n uint64) []byte {
 	default:
 		n = kind | 3<<2 | n<<4
 		dst = append(dst, byte(n), byte(n>>8), byte(n>>16))
+	}
+	if kind == literalsRLE {
+		lits = lits[:1]
 	}
 	return append(dst, lits...)
 }

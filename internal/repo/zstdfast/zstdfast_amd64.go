@@ -38,6 +38,13 @@ func (w *bitWriter) write(seqs []sequence, lt, ot, mt *table) {
 	writeBMI2(w, &seqs[0], len(seqs), lt, ot, mt)
 }
 
+func (t *codes) stream(to unsafe.Pointer, p []byte) unsafe.Pointer {
+	if !bmi2 {
+		return t.streamGo(to, p)
+	}
+	return streamBMI2(to, unsafe.SliceData(p), len(p)%5, len(p)/5, t)
+}
+
 //go:noescape
 func candidates64(base unsafe.Pointer, p uint, table *[1 << maxTable]uint32, at *[look]uint32, shift uint) uint64
 
@@ -49,3 +56,6 @@ func encodeBMI2(seqs *sequence, matches *match, n int, counts *[3][maxSymbols]ui
 
 //go:noescape
 func chooseBMI2(w *walk)
+
+//go:noescape
+func streamBMI2(to unsafe.Pointer, p *byte, odd, fives int, t *codes) unsafe.Pointer

@@ -332,3 +332,57 @@ done:
 	MOVQ R9, 32(R15)
 	MOVL R14, 64(R15)
 	RET
+
+// Adds the code of the byte at i(SI).
+#define CODE(i) \
+	MOVBLZX i(SI), AX \
+	MOVL    (R10)(AX*4), AX \
+	MOVWLZX AX, BX \
+	SHRL    $16, AX \
+	SHLXQ   R9, BX, BX \
+	ADDQ    AX, R9 \
+	ORQ     BX, R8
+
+// func streamBMI2(to unsafe.Pointer, p *byte, odd, fives int, t *codes) unsafe.Pointer
+TEXT ·streamBMI2(SB), NOSPLIT, $0-48
+	MOVQ to+0(FP), DI
+	MOVQ p+8(FP), SI
+	MOVQ odd+16(FP), CX
+	MOVQ fives+24(FP), R11
+	MOVQ t+32(FP), R10
+	LEAQ (R11)(R11*4), AX
+	ADDQ AX, SI
+	ADDQ CX, SI
+	XORL R8, R8
+	XORL R9, R9
+	TESTQ CX, CX
+	JEQ  even
+
+one:
+	DECQ SI
+	CODE(0)
+	DECQ CX
+	JNE  one
+	FLUSH
+
+even:
+	TESTQ R11, R11
+	JEQ  end
+
+five:
+	SUBQ $5, SI
+	CODE(4)
+	CODE(3)
+	CODE(2)
+	CODE(1)
+	CODE(0)
+	FLUSH
+	DECQ R11
+	JNE  five
+
+end:
+	BTSQ R9, R8
+	ADDQ $8, R9
+	FLUSH
+	MOVQ DI, ret+40(FP)
+	RET

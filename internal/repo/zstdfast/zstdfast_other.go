@@ -13,3 +13,5 @@ func encode(seqs []sequence, matches []match, counts *[3][maxSymbols]uint32) {
 }
 
 func (w *walk) choose(src []byte) { w.chooseGo(src) }
+
+func (t *codes) stream(to unsafe.Pointer, p []byte) unsafe.Pointer { return t.streamGo(to, p) }
