@@ -113,7 +113,6 @@ func TestSteps(t *testing.T) {
 	}
 }
 
-// TestRemote runs all of -remote on small stores and a quick link.
 // Each program is the first as often as the others.
 func TestInTurn(t *testing.T) {
 	b := bench{tools: []*tool{{name: "a"}, {name: "b"}, {name: "c"}}}
@@ -128,6 +127,7 @@ func TestInTurn(t *testing.T) {
 	}
 }
 
+// TestRemote runs all of -remote on small stores and a quick link.
 func TestRemote(t *testing.T) {
 	scratch := t.TempDir()
 	holdfast := filepath.Join(scratch, "holdfast")

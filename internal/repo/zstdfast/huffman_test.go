@@ -183,3 +183,19 @@ func TestStream(t *testing.T) {
 		}
 	}
 }
+
+// However little room there is, nothing behind it is written.
+func TestRoom(t *testing.T) {
+	var h huffman
+	text := prose(6000, 5)
+	for _, n := range []int{32, 700, 1023, 1024, 6000} {
+		most := len(h.append(nil, text[:n])) + 64
+		for room := range most {
+			all := bytes.Repeat([]byte{0xA5}, most+64)
+			h.append(all[:0:room], text[:n])
+			if behind := all[room:]; bytes.Count(behind, []byte{0xA5}) != len(behind) {
+				t.Fatalf("%d literals, room for %d: behind it is %x", n, room, behind)
+			}
+		}
+	}
+}
